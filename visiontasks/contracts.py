@@ -1,0 +1,58 @@
+"""What backbones, heads, tasks and data promise each other, on one screen."""
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+
+class UsageError(ValueError):
+    """A mistake that the user can mend: one sentence with the value found, what was expected, and what to type."""
+
+
+class Level(NamedTuple):
+    """One level of a feature pyramid."""
+
+    channels: int
+    stride: int
+
+
+class Backbone(nn.Module):
+    """Images to a feature pyramid.
+
+    Shapes: forward takes normalised float images (B, in_channels, H, W) and returns one map for each level,
+    fine to coarse, f[i]: (B, levels[i].channels, H / levels[i].stride, W / levels[i].stride), exactly where H and W
+    are multiples of the coarsest stride.
+    """
+
+    levels: tuple[Level, ...]
+    in_channels: int
+    mean: tuple[float, ...]  # of the pixels in 0..1 that the published weights expect, one a channel
+    std: tuple[float, ...]
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        raise NotImplementedError
+
+
+class Head(Protocol):
+    """Makes a module from a pyramid's levels; the module turns the pyramid into raw predictions."""
+
+    def __call__(self, *, levels: tuple[Level, ...], num_classes: int) -> nn.Module: ...
+
+
+class Sample(TypedDict, total=False):
+    """One image with its annotations, in the words of albumentations; a data set fills in what it provides."""
+
+    image: NDArray[np.uint8]  # (H, W, 3) RGB
+    label: int | NDArray[np.float32]  # class index, or (K,) zeros and ones where an image has many labels
+    mask: NDArray[np.uint8]  # (H, W) 0 = background or the first class, 255 = ignore
+    masks: NDArray[np.uint8]  # (N, H, W) one mask an object
+    bboxes: NDArray[np.float32]  # (N, 4) x1, y1, x2, y2 in pixels
+    labels: NDArray[np.int64]  # (N,) index into the class names, one an object
+    index: int  # position in the data set
+
+
+Batch = dict[str, Tensor | list[Tensor]]  # "image": uint8 (B, 3, H, W); "label": (B,); per-object entries are lists
+Transform = Callable[..., dict[str, object]]  # an albumentations.Compose, called with a sample's entries
