@@ -1,15 +1,15 @@
 """What backbones, heads, tasks and data promise each other, on one screen."""
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, TypedDict
+from typing import Any, NamedTuple, Protocol, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from visiontasks.errors import UsageError
 
-class UsageError(ValueError):
-    """A mistake that the user can mend: one sentence with the value found, what was expected, and what to type."""
+__all__ = ["Backbone", "Batch", "Head", "Level", "Sample", "Transform", "UsageError"]
 
 
 class Level(NamedTuple):
@@ -54,5 +54,5 @@ class Sample(TypedDict, total=False):
     index: int  # position in the data set
 
 
-Batch = dict[str, Tensor | list[Tensor]]  # "image": uint8 (B, 3, H, W); "label": (B,); per-object entries are lists
+Batch = dict[str, Any]  # "image": uint8 (B, 3, H, W); "index": (B,); "label": (B,); per-object entries: lists of tensors
 Transform = Callable[..., dict[str, object]]  # an albumentations.Compose, called with a sample's entries

@@ -1,0 +1,119 @@
+"""What a run says of itself: a few lines before it starts, summary.json and a table when it ends."""
+
+import json
+import platform
+import resource
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+
+from visiontasks.layers.distributed import world_size
+
+PACKAGES = ("visiontasks", "torch", "torchvision", "lightning", "hydra-core", "albumentations", "torchmetrics", "timm")
+HEADLINES = 12  # rows of the table of results
+
+
+class Report(Callback):
+    """Introduces the run, times it, and keeps what summary.json holds."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.first_step: float | None = None
+        self.training_seconds = 0.0
+        self.images = 0
+        self._resumed_at = 0.0
+
+    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            print("\n".join(introduction(trainer, module)), flush=True)
+
+    def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:  # noqa: ARG002
+        self._resumed_at = time.perf_counter()
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,  # noqa: ARG002
+        module: LightningModule,  # noqa: ARG002
+        outputs: Any,  # noqa: ARG002
+        batch: dict[str, Any],
+        batch_idx: int,  # noqa: ARG002
+    ) -> None:
+        self.images += len(batch["image"])
+        if self.first_step is None:
+            self.first_step = time.perf_counter() - self.started
+
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:  # noqa: ARG002
+        self.training_seconds += time.perf_counter() - self._resumed_at
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:  # noqa: ARG002
+        self._resumed_at = time.perf_counter()
+
+    def summary(self, trainer: Trainer, module: LightningModule, metrics: dict[str, float]) -> dict[str, Any]:
+        """The figures by name, and what the run cost: seconds, images a second over all processes, gigabytes."""
+        bad: dict[str, str] = getattr(trainer, "datamodule").bad_files  # noqa: B009
+        return metrics | {
+            "parameters": sum(parameter.numel() for parameter in module.parameters()),
+            "epochs": trainer.current_epoch,
+            "steps": trainer.global_step,
+            "seconds": round(time.perf_counter() - self.started, 1),
+            "seconds_to_first_step": None if self.first_step is None else round(self.first_step, 1),
+            "images_per_second": round(self.images * world_size() / max(self.training_seconds, 1e-9), 1),
+            "peak_memory_gb": peak_memory(),
+            "device": device_name(trainer),
+            "precision": str(trainer.precision),
+            "processes": world_size(),
+            "bad_files": bad,
+            "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        }
+
+
+def introduction(trainer: Trainer, module: Any) -> list[str]:
+    """The lines that matter before training: data, classes, network, batch, device."""
+    data: Any = getattr(trainer, "datamodule")  # noqa: B009
+    sizes = ", ".join(f"{size:,} {split}" for split, size in data.sizes().items())
+    classes = ", ".join(module.classes[:10]) + (", ..." if len(module.classes) > 10 else "")
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    accumulated = trainer.accumulate_grad_batches
+    batch = f"{data.batch_size * world_size() * accumulated}"
+    parts = f"{data.batch_size} an step x {world_size()} processes x {accumulated} accumulated"
+    return [
+        f"data       {type(data).__name__}: {sizes}",
+        f"classes    {len(module.classes)}: {classes}",
+        f"network    {type(module).__name__}, {parameters / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained",
+        f"batch      {batch} ({parts})",
+        f"device     {device_name(trainer)}, precision {trainer.precision}",
+        f"run        {trainer.default_root_dir}",
+    ]
+
+
+def device_name(trainer: Trainer) -> str:
+    """The kind and number of devices, such as 'cpu' or '2 x NVIDIA H200'."""
+    if trainer.strategy.root_device.type == "cuda":
+        name = torch.cuda.get_device_name(trainer.strategy.root_device)
+        return f"{world_size()} x {name}" if world_size() > 1 else name
+    return trainer.strategy.root_device.type
+
+
+def peak_memory() -> float:
+    """The most memory, in gigabytes, that this process has held, on the host or, where there is one, on its GPU."""
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return round(max(host, device) / 1e9, 3)
+
+
+def table(metrics: dict[str, float]) -> str:
+    """The figures as aligned lines, test before validation."""
+    rows = sorted(metrics.items(), key=lambda item: (not item[0].startswith("test/"), item[0]))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"  {name:<{width}}  {value:.4f}" for name, value in rows)
+
+
+def write_summary(folder: Path, summary: dict[str, Any]) -> None:
+    """Writes summary.json; figures that are not numbers become null."""
+    finite = {key: None if isinstance(value, float) and value != value else value for key, value in summary.items()}
+    (folder / "summary.json").write_text(json.dumps(finite, indent=2) + "\n")

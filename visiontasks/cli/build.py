@@ -1,0 +1,133 @@
+"""From a composed config to the objects that train."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from hydra.utils import instantiate
+from lightning import Callback, Trainer
+from omegaconf import DictConfig, OmegaConf
+
+from visiontasks.cli.command_line import conf_folders
+from visiontasks.contracts import Backbone, UsageError
+from visiontasks.data.module import DataModule
+from visiontasks.tasks.base import Task
+
+Config = dict[str, Any]  # a composed config as plain containers, every interpolation resolved
+PARTS = ("task", "backbone", "head", "data", "augment", "optimizer", "scheduler", "channels_last", "seed")
+
+
+def plain(config: DictConfig) -> Config:
+    """The config as dicts, lists, strings and numbers; raises UsageError where a _target_ is not from a conf folder."""
+    container: Any = OmegaConf.to_container(config, resolve=True)
+    check_targets(container)
+    return container  # type: ignore[no-any-return]
+
+
+def check_targets(config: Any) -> None:
+    """Refuses every _target_ that no file of our conf/ folder, or of the user's own, declares."""
+    unknown = _targets(config) - declared_targets()
+    if unknown:
+        name = min(unknown)
+        raise UsageError(
+            f"_target_ {name} is declared by no file in {' or '.join(map(str, conf_folders()))}: "
+            "put it in a yaml file of your own conf/ folder."
+        )
+
+
+def declared_targets() -> set[str]:
+    """The exact names that a config may call."""
+    files = (file for folder in conf_folders() for file in folder.rglob("*.yaml"))
+    return {target for file in files for target in _targets(yaml.safe_load(file.read_text()))}
+
+
+def _targets(node: Any) -> set[str]:
+    if isinstance(node, list):
+        return set().union(*map(_targets, node)) if node else set()
+    if not isinstance(node, dict):
+        return set()
+    own = {str(node["_target_"])} if "_target_" in node else set()
+    return own.union(*map(_targets, node.values()))
+
+
+def build_data(config: Config) -> DataModule:
+    """The data module, with its transforms; reads no data yet."""
+    data: DataModule = instantiate(config["data"], _convert_="all")
+    return data
+
+
+def build_task(config: Config, *, classes: tuple[str, ...]) -> Task:
+    """The task with its backbone, head, optimiser and schedule, knowing the config that it was built from."""
+    backbone: Backbone = instantiate(config["backbone"], _convert_="all")
+    channels_last = config["channels_last"]
+    task: Task = instantiate(config["task"], _convert_="all")(
+        backbone=backbone,
+        classes=classes,
+        head=instantiate(config["head"], _convert_="all"),
+        optimizer=instantiate(config["optimizer"], _convert_="all"),
+        scheduler=instantiate(config["scheduler"], _convert_="all"),
+        channels_last=native_bfloat16() if channels_last == "auto" else channels_last,
+    )
+    task.config = {key: config[key] for key in PARTS}
+    return task.to(memory_format=task.memory_format)  # type: ignore[call-overload,no-any-return]
+
+
+def build_trainer(config: Config, *, folder: Path) -> Trainer:
+    """The trainer with its callbacks and loggers, writing to a run folder."""
+    options = config["trainer"]
+    if options["precision"] == "auto":
+        options = options | {"precision": "bf16-mixed" if native_bfloat16() else "32-true"}
+    trainer: Trainer = instantiate(
+        options,
+        callbacks=build_callbacks(config.get("callbacks") or {}),
+        logger=[instantiate(logger, _convert_="all") for logger in (config.get("logger") or {}).values()],
+        default_root_dir=str(folder),
+        _convert_="all",
+    )
+    return trainer
+
+
+def build_callbacks(config: Config) -> list[Callback]:
+    """The callbacks that are switched on: an entry may make one, several or, while it is off, none."""
+    made = [instantiate(entry, _convert_="all") for entry in config.values() if entry is not None]
+    lists = [entry if isinstance(entry, list) else [entry] for entry in made if entry is not None]
+    return [callback for entries in lists for callback in entries]
+
+
+def native_bfloat16() -> bool:
+    """Whether the accelerator that Lightning would choose multiplies bfloat16 in hardware."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    abilities = torch.cpu.get_capabilities()
+    return bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16"))
+
+
+def find_checkpoint(path: str) -> Path:
+    """The checkpoint meant by a path: itself, or a run folder's best.ckpt, else its last.ckpt."""
+    place = Path(path).expanduser()
+    candidates = [place, place / "checkpoints" / "best.ckpt", place / "checkpoints" / "last.ckpt"]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise UsageError(f"{path} holds no checkpoint: expected a .ckpt file, or a run folder with checkpoints/best.ckpt.")
+
+
+def load_task(checkpoint: Path) -> Task:
+    """Rebuilds a task from its checkpoint alone, in evaluation mode; raises UsageError where it holds no config."""
+    stored = read_checkpoint(checkpoint)
+    config = stored["config"]
+    check_targets(config)
+    untrained = config | {"backbone": config["backbone"] | {"weights": None}}
+    task = build_task(untrained, classes=tuple(stored["classes"]))
+    task.config = config
+    task.load_state_dict(stored["state_dict"])
+    return task.eval()
+
+
+def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
+    """A checkpoint as plain data; raises UsageError where it was not written by a run of train.py."""
+    stored = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    if not stored.get("config"):
+        raise UsageError(f"{checkpoint} holds no config: expected a checkpoint that train.py wrote.")
+    return stored  # type: ignore[no-any-return]

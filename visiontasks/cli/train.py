@@ -1,0 +1,147 @@
+"""python train.py: compose, build, fit, test."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from visiontasks.cli.command_line import command, run
+from visiontasks.errors import UsageError
+
+if TYPE_CHECKING:
+    from lightning import Trainer
+    from omegaconf import DictConfig
+
+    from visiontasks.cli.build import Config
+    from visiontasks.tasks.base import Task
+
+USAGE = """
+python train.py [group=choice ...] [key=value ...]
+
+  python train.py                                              digits, in about two minutes
+  python train.py backbone=mobilenet_v2 data=cifar10 optimizer=sgd trainer.max_epochs=20
+  python train.py data=image_folder data.root=photos backbone.weights=imagenet
+  python train.py resume=runs/classification/...               goes on with a run
+  python train.py -m backbone=resnet18,resnet34                one run for each
+  python train.py --cfg job                                    prints the composed config, every key
+"""
+
+
+def main() -> None:
+    run(train, config="train", usage=USAGE, arguments=resumed(sys.argv[1:]))
+
+
+def resumed(arguments: list[str]) -> list[str]:
+    """The arguments, where resume names a run folder, after those that the run was started with."""
+    given = next((argument.partition("=")[2] for argument in arguments if argument.startswith("resume=")), "auto")
+    folder = Path(given)
+    folder = folder.parent.parent if folder.suffix == ".ckpt" else folder
+    started = folder / "command.txt"
+    if given in {"auto", "null", ""} or not started.is_file():
+        return arguments
+    before = [word for word in shlex.split(started.read_text())[2:] if not word.startswith(("resume=", "hydra.run."))]
+    own_folder = [] if any(word.startswith("hydra.run.dir=") for word in arguments) else [f"hydra.run.dir={folder}"]
+    return [*before, *(word for word in arguments if word not in before), *own_folder]
+
+
+def train(composed: "DictConfig") -> float:
+    """One run: returns the best value of the monitored figure."""
+    from hydra.core.hydra_config import HydraConfig
+    from lightning import seed_everything
+
+    from visiontasks.cli.build import build_data, build_task, build_trainer, plain
+
+    hydra = HydraConfig.get()
+    config, folder = plain(composed), Path(hydra.runtime.output_dir)
+    checkpoint = resume_from(config["resume"], folder)
+    quieten()
+    seed_everything(config["seed"], workers=True, verbose=False)
+    data = build_data(config)
+    data.select(_needs(config))
+    data.setup()
+    task = build_task(config, classes=data.classes)
+    if config["init_from"]:
+        from visiontasks.transfer import init_backbone
+
+        print(init_backbone(task.backbone, config["init_from"]))
+    if config["compile"]:
+        task.compile_parts()
+    trainer = build_trainer(config, folder=folder)
+    if trainer.is_global_zero:
+        begin_folder(folder, composed, list(hydra.overrides.task))
+    trainer.fit(task, datamodule=data, ckpt_path=checkpoint)
+    return finish(trainer, task, test=config["test"])
+
+
+def _needs(config: "Config") -> frozenset[str]:
+    from hydra.utils import get_class
+
+    needs: frozenset[str] = get_class(config["task"]["_target_"]).needs
+    return needs
+
+
+def resume_from(resume: str | None, folder: Path) -> Path | None:
+    """The checkpoint to go on from; None starts anew. Raises UsageError rather than write over another run."""
+    last = folder / "checkpoints" / "last.ckpt"
+    if resume is None and last.exists():
+        raise UsageError(f"{folder} already holds a run: type resume=auto to go on with it, or another hydra.run.dir.")
+    if resume in {None, "auto"}:
+        return last if last.exists() else None
+    place = Path(str(resume))
+    checkpoint = place / "checkpoints" / "last.ckpt" if place.is_dir() else place
+    if not checkpoint.is_file():
+        raise UsageError(f"resume={resume} holds no checkpoints/last.ckpt: give a run folder or a .ckpt file.")
+    return checkpoint
+
+
+def begin_folder(folder: Path, composed: "DictConfig", overrides: list[str]) -> None:
+    """Writes the composed config and the exact command to repeat the run."""
+    from omegaconf import OmegaConf
+
+    folder.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(composed, folder / "config.yaml")
+    (folder / "command.txt").write_text(command("train.py", overrides) + "\n")
+
+
+def finish(trainer: "Trainer", task: "Task", *, test: bool) -> float:
+    """Tests the best weights, writes summary.json, prints the table and the run folder."""
+    from visiontasks.callbacks.report import Report, table, write_summary
+
+    best = next((callback for callback in trainer.checkpoint_callbacks if callback.monitor), None)  # type: ignore[attr-defined]
+    metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if "/" in name}
+    score = float(best.best_model_score) if best is not None else metrics[task.monitor]  # type: ignore[attr-defined]
+    report = next(callback for callback in trainer.callbacks if isinstance(callback, Report))  # type: ignore[attr-defined]
+    summary = report.summary(trainer, task, metrics)
+    if test:
+        path = None if best is None else best.best_model_path  # type: ignore[attr-defined]
+        (tested,) = trainer.test(task, datamodule=trainer.datamodule, ckpt_path=path, verbose=False)  # type: ignore[attr-defined]
+        metrics |= tested
+        summary = summary | report.summary(trainer, task, metrics)
+    if trainer.is_global_zero:
+        folder = Path(trainer.default_root_dir)
+        write_summary(folder, summary | {f"best/{task.monitor}": score})
+        print(f"\n{table(metrics)}\n\nrun folder: {folder}")
+    return score
+
+
+def quieten() -> None:
+    """Silences Lightning's advertisements and the warnings that our defaults answer."""
+    import logging
+    import warnings
+
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_tips)
+    for message in (
+        r".*does not have many workers.*",  # on a CPU, workers would only compete with the training
+        r".*recommended to use `.*sync_dist=True`.*",  # our figures are already over all processes
+        r".*Checkpoint directory .* exists and is not empty.*",
+        r".*number of training batches .* is smaller than the logging interval.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _no_tips(record: object) -> bool:
+    return not str(getattr(record, "msg", "")).startswith(("💡", "GPU available", "TPU available", "HPU available"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""What every task shares: its backbone, images on the device, optimisation, running means, checkpoints."""
+
+from functools import partial
+from importlib.metadata import version
+from typing import Any, ClassVar
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from matplotlib.axes import Axes
+from torch import Tensor
+from torch.optim import AdamW
+
+from visiontasks.contracts import Backbone, Batch, UsageError
+from visiontasks.layers.distributed import sum_over_processes
+from visiontasks.tasks.optimisation import MakeOptimizer, MakeSchedule, cosine, parameter_groups
+
+LUMINANCE = (0.299, 0.587, 0.114)  # of red, green and blue, ITU-R BT.601
+Prediction = dict[str, Any]  # of one image, in plain numbers, strings and lists, so that it is a line of JSON
+
+
+class Task(LightningModule):
+    """One learning problem: a backbone and a head joined with a loss, metrics and an optimiser.
+
+    A subclass states what annotations it needs, and implements its steps, `predictions`, `truths`, `errors` and `draw`.
+    The backbone's weights lie under `backbone.` in every checkpoint.
+    """
+
+    needs: ClassVar[frozenset[str]]
+
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        classes: tuple[str, ...],
+        monitor: str,
+        mode: str,
+        optimizer: MakeOptimizer | None = None,
+        scheduler: MakeSchedule | None = None,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.classes = tuple(classes)
+        self.monitor = monitor
+        self.mode = mode
+        self.optimizer = optimizer or partial(AdamW, lr=1e-3, weight_decay=0.05)
+        self.scheduler = scheduler or cosine
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.lr: float | None = None  # the learning-rate finder's place to write; None leaves the optimiser's own
+        self.config: dict[str, Any] = {}  # the composed config as plain containers, where there is one
+        self.tables: dict[str, Tensor] = {}  # of the last evaluation, such as a confusion matrix, for the pictures
+        self._running: dict[str, Tensor] = {}
+        self._unflushed = 0
+        mean, std = torch.tensor(backbone.mean), torch.tensor(backbone.std)
+        self.pixel_scale: Tensor
+        self.pixel_shift: Tensor
+        self.register_buffer("pixel_scale", (1 / (255 * std)).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("pixel_shift", (-mean / std).view(1, -1, 1, 1), persistent=False)
+
+    def images(self, batch: Batch) -> Tensor:
+        """The batch's uint8 images as the backbone wants them: float, normalised, in its channels and layout."""
+        pixels = self._in_channels(batch["image"].float())  # (B, C, H, W)
+        images = torch.addcmul(self.pixel_shift, pixels, self.pixel_scale)
+        return images.to(self.dtype).contiguous(memory_format=self.memory_format)
+
+    def _in_channels(self, pixels: Tensor) -> Tensor:
+        found, wanted = pixels.shape[1], self.backbone.in_channels
+        if found == wanted:
+            return pixels
+        if (found, wanted) == (3, 1):
+            return (pixels * pixels.new_tensor(LUMINANCE).view(1, 3, 1, 1)).sum(dim=1, keepdim=True)
+        raise UsageError(f"The images have {found} channels and the backbone takes {wanted}: type in_channels={found}.")
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        chosen = {} if self.lr is None else {"lr": self.lr}
+        optimizer = self.optimizer(parameter_groups(self), **chosen)
+        schedule: Any = self.scheduler(optimizer, total_steps=int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def watch(self, name: str, total: Tensor, count: Tensor) -> None:
+        """Adds to the running mean of a training figure, which is logged every trainer.log_every_n_steps batches."""
+        pair = torch.stack((total.detach().float(), count.detach().float()))  # (2,)
+        known = self._running.get(name)
+        self._running[name] = pair if known is None else known.add_(pair)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
+        self._unflushed += 1
+        if self._unflushed >= max(1, self.trainer.log_every_n_steps):
+            self._flush()
+
+    def on_train_epoch_end(self) -> None:
+        self._flush()
+
+    def _flush(self) -> None:
+        """Logs the running means with one all-reduce for all of them, and starts them anew."""
+        if not self._running:
+            return
+        sums = sum_over_processes(torch.stack(list(self._running.values())))  # (N, 2)
+        means = (sums[:, 0] / sums[:, 1].clamp(min=1e-12)).tolist()
+        values = {f"train/{name}": mean for name, mean in zip(self._running, means, strict=True)}
+        values["train/lr"] = max(group["lr"] for optimizer in self._optimizers() for group in optimizer.param_groups)
+        for logger in self.loggers:
+            logger.log_metrics(values | {"epoch": self.current_epoch}, step=self.trainer.global_step)
+        self.log("loss", means[0], prog_bar=True, logger=False)
+        self._running.clear()
+        self._unflushed = 0
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        return self.trainer.optimizers
+
+    def log_evaluation(self, stage: str, values: dict[str, Tensor]) -> None:
+        """Logs figures that are already over the whole data set and all processes, as `stage/name`."""
+        for name, value in values.items():
+            self.log(f"{stage}/{name}", value.float(), prog_bar=f"{stage}/{name}" == self.monitor)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["classes"] = list(self.classes)
+        checkpoint["config"] = self.config
+        checkpoint["visiontasks_version"] = version("visiontasks")
+
+    def predictions(self, raw: Any) -> list[Prediction]:
+        """One plain dictionary an image of what raw predictions say."""
+        raise NotImplementedError
+
+    def truths(self, batch: Batch) -> list[Prediction]:
+        """The annotations of a batch in the words of `predictions`."""
+        raise NotImplementedError
+
+    def errors(self, raw: Any, batch: Batch) -> Tensor:
+        """How wrong each image's prediction is, (B,): 0 where it is right, the more the worse."""
+        raise NotImplementedError
+
+    def draw(self, axes: Axes, image: Tensor, prediction: Prediction, truth: Prediction | None) -> None:
+        """Draws an image, uint8 (3, H, W), with its prediction and, where known, the truth."""
+        raise NotImplementedError
+
+    def compile_parts(self) -> None:
+        """Compiles the networks in place, so that no weight changes its name."""
+        for part in self.children():
+            if next(part.parameters(), None) is not None:
+                part.compile()
