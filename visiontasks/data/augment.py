@@ -176,20 +176,27 @@ class Sharpness(A.ImageOnlyTransform):  # type: ignore[misc]
 def _compose(steps: list[Any], *, boxes: bool) -> A.Compose:
     if not boxes:
         return A.Compose(steps)
-    return ObjectCompose(steps, bbox_params=A.BboxParams(format="pascal_voc", label_fields=["labels", "rows"]))
+    return ObjectCompose(steps, bbox_params=A.BboxParams(format="pascal_voc", label_fields=["rows"]))
 
 
 class ObjectCompose(A.Compose):  # type: ignore[misc]
-    """A Compose for samples with `bboxes` and `labels`, in which an instance mask leaves together with its box."""
+    """A Compose for samples with `bboxes` and `labels`, in which label and instance mask leave together with their box.
+
+    The objects are followed by row: albumentations 2.0.8 passes labels through float32, leaves the masks of lost boxes
+    in place, and cannot stack masks where there are none.
+    """
 
     def __call__(self, *args: Any, force_apply: bool = False, **data: Any) -> dict[str, Any]:
-        """Transform a sample; of its objects those remain whose box is at least one pixel wide and high."""
+        """Transform a sample; those objects remain whose box is still at least one pixel wide and high."""
         rows = np.arange(len(data["labels"]))
+        if "masks" in data and not len(rows):
+            data["masks"] = []
         moved: dict[str, Any] = super().__call__(*args, force_apply=force_apply, rows=rows, **data)
         kept = np.asarray(moved.pop("rows"), dtype=np.int64)
         if "masks" in moved:
-            moved["masks"] = moved["masks"][kept]  # (N, H, W)
-        return moved
+            masks = np.asarray(moved["masks"], dtype=np.uint8)
+            moved["masks"] = masks.reshape(-1, *moved["image"].shape[:2])[kept]  # (N, H, W)
+        return moved | {"bboxes": moved["bboxes"].astype(np.float32), "labels": moved["labels"][kept]}
 
 
 class RandomWindow(A.RandomResizedCrop):  # type: ignore[misc]
