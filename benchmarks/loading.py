@@ -1,0 +1,167 @@
+"""Images per CPU second of the default classification pipeline, against torchvision.transforms.v2 doing the same work.
+
+    python benchmarks/loading.py [FOLDER_OF_JPEGS] [--images 48] [--rounds 9]
+
+Same work: decode the file, cut a random window and resize it to 224, mirror, jitter the colours (or not), collate. One
+process, one thread, process time; all pipelines take turns, and what is printed are medians over the rounds, ratios
+being taken within a round. Without a folder the files are crops of scikit-learn's two photographs, 500 x 375, JPEG
+quality 90, written to a temporary folder.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from torchvision.transforms import v2
+
+from visiontasks.contracts import Sample
+from visiontasks.data.augment import crop_and_colour
+from visiontasks.data.images import read_image
+from visiontasks.data.randomness import draw
+from visiontasks.data.source import Cached, Source
+
+SIZE = 224
+SCALE = (0.5, 1.0)
+JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
+STILL = dict.fromkeys(JITTER, 0.0)
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+Pipeline = Callable[[int], torch.Tensor]  # an epoch's number to its images, collated
+
+
+class Files:
+    """JPEG files as a source."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Sample:
+        return {"image": read_image(self.paths[index])}
+
+    def name(self, index: int) -> str:
+        return str(self.paths[index])
+
+
+def ours(source: Source, epoch: int, *, transform: Any) -> torch.Tensor:
+    images = [draw(transform, source[i], seed=0, epoch=epoch, index=i)["image"] for i in range(len(source))]
+    return torch.stack([torch.from_numpy(image).permute(2, 0, 1) for image in images])  # (B, 3, H, W)
+
+
+def torchvisions(paths: list[Path], epoch: int, *, transform: Callable[[Any], torch.Tensor]) -> torch.Tensor:
+    torch.manual_seed(epoch)
+    return torch.stack([transform(Image.open(path).convert("RGB")) for path in paths])
+
+
+def peer(*, jitter: bool, tensors: bool = False, normalised: bool = False) -> v2.Compose:
+    return v2.Compose(
+        [
+            *([v2.PILToTensor()] if tensors else []),
+            v2.RandomResizedCrop(SIZE, scale=SCALE, antialias=True),
+            v2.RandomHorizontalFlip(),
+            *([v2.ColorJitter(**JITTER)] if jitter else []),
+            *([] if tensors else [v2.PILToTensor()]),
+            *([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)] if normalised else []),
+        ]
+    )
+
+
+def pipelines(paths: list[Path]) -> dict[str, Pipeline]:
+    files = Files(paths)
+    cached, shrunk = Cached(files, "ram"), Cached(files, "ram", size=SIZE)
+    table: dict[str, Pipeline] = {}
+    for jitter in (True, False):
+        words = "jitter" if jitter else "no jitter"
+        mine = crop_and_colour(size=SIZE, mirror=True, scale=SCALE, **(JITTER if jitter else STILL))
+        table[f"ours, {words}"] = partial(ours, files, transform=mine)
+        table[f"ours, {words}, cache=ram at full size"] = partial(ours, cached, transform=mine)
+        table[f"ours, {words}, cache=ram"] = partial(ours, shrunk, transform=mine)
+        for name, options in (("PIL", {}), ("tensors", {"tensors": True}), ("PIL, normalised", {"normalised": True})):
+            transform = peer(jitter=jitter, **options)
+            table[f"torchvision v2, {words}, {name}"] = partial(torchvisions, paths, transform=transform)
+    sequential = crop_and_colour(size=SIZE, mirror=True, scale=SCALE, colour="sequential", **JITTER)
+    table["ours, jitter in sequence"] = partial(ours, files, transform=sequential)
+    return table
+
+
+def rates(table: dict[str, Pipeline], *, count: int, rounds: int) -> dict[str, list[float]]:
+    """Images per CPU second of each pipeline in each round; a first round, not counted, warms up."""
+    measured: dict[str, list[float]] = {name: [] for name in table}
+    for epoch in range(rounds + 1):
+        for name, pipeline in table.items():
+            started = time.process_time()
+            pipeline(epoch)
+            measured[name].append(count / (time.process_time() - started))
+    return {name: values[1:] for name, values in measured.items()}
+
+
+def ratio(above: list[float], below: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+def collating(rounds: int) -> float:
+    """How many times as long a batch of 64 takes to collate as normalised floats as it does in uint8."""
+    images = [torch.randint(0, 256, (3, SIZE, SIZE), dtype=torch.uint8) for _ in range(64)]
+    floats = [image / 255 for image in images]
+    table: dict[str, Pipeline] = {"uint8": lambda _: torch.stack(images), "float": lambda _: torch.stack(floats)}
+    measured = rates(table, count=64, rounds=rounds)
+    return ratio(measured["uint8"], measured["float"])
+
+
+def written(folder: Path, count: int) -> Iterator[Path]:
+    """Crops of scikit-learn's photographs as JPEG files."""
+    generator = np.random.default_rng(0)
+    photographs = load_sample_images().images
+    for number in range(count):
+        photograph = photographs[number % len(photographs)]
+        top, left = (generator.integers(0, side + 1) for side in np.subtract(photograph.shape[:2], (375, 500)))
+        path = folder / f"{number:03d}.jpg"
+        Image.fromarray(photograph[top : top + 375, left : left + 500]).save(path, quality=90)
+        yield path
+
+
+def report(paths: list[Path], rounds: int) -> None:
+    measured = rates(pipelines(paths), count=len(paths), rounds=rounds)
+    print(f"{'pipeline':55} images per CPU second")
+    for name, values in measured.items():
+        print(f"{name:55} {statistics.median(values):8.0f}")
+    print()
+    for words, target in (("jitter", 2.5), ("no jitter", 1.3)):
+        mine = measured[f"ours, {words}"]
+        for name in ("PIL", "tensors", "PIL, normalised"):
+            other = f"torchvision v2, {words}, {name}"
+            print(f"ours / {other:48} {ratio(mine, measured[other]):6.2f}  (wanted: {target})")
+        print(f"cache=ram / ours, {words:37} {ratio(measured[f'ours, {words}, cache=ram'], mine):6.2f}  (wanted: 5)")
+    print(f"collating float / uint8, time {collating(rounds):31.1f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, help="JPEG files, searched with its subfolders")
+    parser.add_argument("--images", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=9)
+    options = parser.parse_args()
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as temporary:
+        found = sorted(options.folder.rglob("*.jpg")) if options.folder else written(Path(temporary), options.images)
+        report(list(found)[: options.images], options.rounds)
+
+
+if __name__ == "__main__":
+    main()
