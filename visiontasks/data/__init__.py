@@ -1,0 +1,51 @@
+"""Samples and data modules; each name is imported when it is first asked for (PEP 562), for each brings heavy libraries."""
+
+import os
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # albumentations would ask the network on import
+
+if TYPE_CHECKING:
+    from visiontasks.data.digit_scenes import DigitScenes
+    from visiontasks.data.image_folder import ImageFiles, ImageFolder
+    from visiontasks.data.images import BadFile
+    from visiontasks.data.module import DataModule
+    from visiontasks.data.source import Source
+    from visiontasks.data.torchvision_sets import CIFAR10, CIFAR100, MNIST, FashionMNIST
+
+__all__ = [
+    "CIFAR10",
+    "CIFAR100",
+    "MNIST",
+    "BadFile",
+    "DataModule",
+    "DigitScenes",
+    "FashionMNIST",
+    "ImageFiles",
+    "ImageFolder",
+    "Source",
+]
+
+_HOMES = {
+    "BadFile": "images",
+    "CIFAR10": "torchvision_sets",
+    "CIFAR100": "torchvision_sets",
+    "DataModule": "module",
+    "DigitScenes": "digit_scenes",
+    "FashionMNIST": "torchvision_sets",
+    "ImageFiles": "image_folder",
+    "ImageFolder": "image_folder",
+    "MNIST": "torchvision_sets",
+    "Source": "source",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"visiontasks.data.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,174 @@
+"""One's own images: a folder per class, with or without a split, or images alone."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from visiontasks.contracts import Sample, UsageError
+from visiontasks.data.images import SUFFIXES, printable, read_image
+from visiontasks.data.module import DataModule
+from visiontasks.data.sampling import held_out
+from visiontasks.data.source import Source, Subset
+
+_SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+
+
+class ImageFiles:
+    """Image files as a source, sorted by name, with a label for each where there are labels."""
+
+    def __init__(self, paths: Iterable[str | Path], labels: Iterable[int] | None = None) -> None:
+        self.paths = [str(path) for path in paths]
+        self.labels = None if labels is None else list(labels)
+
+    @classmethod
+    def found(cls, given: str | Path) -> ImageFiles:
+        """The images that a file, a folder (with all below it) or a glob pattern names.
+
+        Raises UsageError where there are none.
+        """
+        path = Path(given)
+        if path.is_dir():
+            return cls(_some([file for file in _files(path) if file.suffix.lower() in SUFFIXES], path))
+        return cls(_some([path] if path.is_file() else sorted(map(Path, glob.glob(str(given), recursive=True))), path))
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = Sample(image=read_image(self.paths[index]))
+        if self.labels is not None:
+            sample["label"] = self.labels[index]
+        return sample
+
+    def name(self, index: int) -> str:
+        """The file's path."""
+        return self.paths[index]
+
+
+class ImageFolder(DataModule):
+    """Images in a folder per class, the folders' names being the classes'.
+
+    `root` holds the class folders, or folders train, val (valid, validation) and test with class folders in each. What has no
+    folder of its own is cut from train: `val_fraction` and `test_fraction` of every class, by the seed;
+    `test_fraction=0` makes the validation images the test images as well. Without class folders the images have no
+    label, which is enough for pretraining.
+    Files are sorted by name; hidden ones are left out; whatever else lies in a class folder counts as an image, so that
+    one that is none is named as bad. Mirrored images keep their meaning unless `mirror` is false.
+    Raises UsageError where root is missing or has no images, or folders disagree about the classes.
+    """
+
+    provides = frozenset({"label"})
+    remedies: ClassVar = {"label": "data.root=FOLDER with one folder of images per class"}
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.1,
+        mirror: bool = True,
+        image_size: int = 224,
+        **options: Any,
+    ) -> None:
+        super().__init__(image_size=image_size, **options)
+        self.root = Path(root)
+        self.val_fraction = val_fraction
+        self.test_fraction = test_fraction
+        self.mirror = mirror
+        self._folders: dict[str, Path] | None = None
+        if self.root.is_dir() and not self.read_classes():
+            self.provides = frozenset()
+
+    def source(self, split: str) -> Source:
+        """The images of the split's folder, or its share of those in the train folder."""
+        if split == "test" and "test" not in self.folders() and self.test_fraction == 0:
+            return self.source("val")
+        if split != "train" and split in self.folders():
+            return self._labelled(self.folders()[split])
+        return self._share(split)
+
+    def read_classes(self) -> tuple[str, ...]:
+        """The names of the class folders, sorted; () where images lie in no class folder."""
+        return tuple(printable(folder.name) for folder in _class_folders(self.folders()["train"]))
+
+    def folders(self) -> dict[str, Path]:
+        """The folder of each split that has one; "train" always does.
+
+        Raises UsageError where root is no folder.
+        """
+        if self._folders is None:
+            self._folders = self._find_folders()
+        return self._folders
+
+    def _find_folders(self) -> dict[str, Path]:
+        if not self.root.is_dir():
+            raise UsageError(f"{self.root.absolute()} is no folder: {_EXPECTED}")
+        below = {folder.name.lower(): folder for folder in _subfolders(self.root)}
+        found = {split: below[name] for split, names in _SPLIT_FOLDERS.items() for name in names if name in below}
+        if found and "train" not in found:
+            raise UsageError(f"{self.root} holds {', '.join(sorted(below))} but no train folder: {_EXPECTED}")
+        return found or {"train": self.root}
+
+    def _share(self, split: str) -> Source:
+        whole = self._labelled(self.folders()["train"])
+        rest = np.arange(len(whole))
+        labels = np.zeros(len(whole), np.int64) if whole.labels is None else np.array(whole.labels)
+        for part, fraction in self._fractions().items():
+            kept, held = held_out(labels[rest], fraction=fraction, seed=self.seed)
+            if part == split:
+                return Subset(whole, rest[held])
+            rest = rest[kept]
+        return Subset(whole, rest)
+
+    def _fractions(self) -> dict[str, float]:
+        """What is cut from train, each as a share of what the one before left over."""
+        fractions = {} if "test" in self.folders() or self.test_fraction == 0 else {"test": self.test_fraction}
+        if "val" not in self.folders():
+            fractions["val"] = self.val_fraction / (1 - fractions.get("test", 0.0))
+        return fractions
+
+    def _labelled(self, folder: Path) -> ImageFiles:
+        names = _class_folders(folder)
+        if tuple(printable(path.name) for path in names) != self.read_classes():
+            other = self.folders()["train"]
+            raise UsageError(f"{folder} and {other} have other class folders: give both the same, empty ones too")
+        if not names:
+            return ImageFiles(_some(_files(folder), folder))
+        loose = [file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file()]
+        if loose:
+            raise UsageError(f"{loose[0]} lies beside class folders and belongs to no class: move it into one of them")
+        pairs = [(file, label) for label, path in enumerate(names) for file in _files(path)]
+        return ImageFiles(_some([file for file, _ in pairs], folder), [label for _, label in pairs])
+
+
+_EXPECTED = (
+    "expected one folder of images per class (ROOT/cat/1.jpg, ROOT/dog/2.jpg), or the same in ROOT/train, ROOT/val and "
+    "ROOT/test; type data.root=FOLDER"
+)
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _class_folders(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is no folder: {_EXPECTED}")
+    return _subfolders(folder)
+
+
+def _files(folder: Path) -> list[Path]:
+    """All files below a folder but hidden ones and those in hidden folders, sorted by name."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+
+
+def _some(files: list[Path], place: Path) -> list[Path]:
+    if not files:
+        raise UsageError(f"{place.absolute()} holds no images: {_EXPECTED}")
+    return files

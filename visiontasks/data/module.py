@@ -1,0 +1,336 @@
+"""The data module: from a source of samples to batches, the same ones for any number of workers and processes."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, cast
+
+import cv2
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+import visiontasks.data as exported
+from visiontasks.contracts import Batch, Sample, Transform, UsageError
+from visiontasks.data.images import BadFile
+from visiontasks.data.sampling import EpochSampler, too_large_a_batch
+from visiontasks.data.source import Cached, CacheKind, Source
+
+TransformFactory = Callable[..., Transform]  # called with size= and mirror=, and boxes=True where samples have boxes
+Key = tuple[int, int]  # epoch, index
+BadEntry = tuple[str, str, str]  # split, name, reason
+
+SPLITS = ("train", "val", "test")
+_PER_OBJECT = frozenset({"bboxes", "labels", "masks"})
+_SHAPES = {"image": 3, "mask": 2, "masks": 3, "bboxes": 2, "labels": 1}
+_DTYPES = {"image": np.uint8, "mask": np.uint8, "masks": np.uint8, "bboxes": np.float32, "labels": np.int64}
+
+
+class DataModule(LightningDataModule):
+    """Files to batches; a subclass says where the samples are (`source`) and what the classes are called (`read_classes`).
+
+    A batch is a dict of "image" uint8 (B, 3, H, W) in channels-last memory, "index" (B,), and whichever of "label" (B,) int64
+    or (B, K) float32, "mask" uint8 (B, H, W), and, as lists of one tensor an image, "bboxes" (N, 4) float32 xyxy pixels,
+    "labels" (N,) int64, "masks" (N, H, W) uint8 the data provide. Each sample's augmentation is a function of (seed, epoch,
+    index), its place in the order one of (seed, epoch).
+
+    `train_transform` and `eval_transform` are factories, called with size= and mirror= (and boxes=True where samples have
+    boxes); None means visiontasks.data.augment's crop_and_colour and resize_and_crop. `num_workers=None` means none without
+    a GPU and else up to 8 for each device. `cache` keeps decoded images in "ram" or on "disk" (see Cached): those of
+    training shrunk to a short side of 8/7 of image_size, where they carry no boxes and masks; those of evaluation as they are.
+    `max_bad_fraction` is the share of a split's files that may be bad (left out, and named in `bad_files`) before
+    training stops; with 0 the first one stops it.
+    """
+
+    provides: frozenset[str] = frozenset()  # the annotations that samples have, in the words of contracts.Sample
+    mirror: bool = True  # a mirrored image keeps its meaning
+    background: bool = False  # index 0 of a mask is the background, and classes[i] is index i + 1
+    classes: tuple[str, ...]
+    remedies: ClassVar[Mapping[str, str]] = {}  # annotation not provided -> what to type to have it from these data
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        batch_size: int = 32,
+        num_workers: int | None = None,
+        train_transform: TransformFactory | None = None,
+        eval_transform: TransformFactory | None = None,
+        cache: CacheKind | None = None,
+        max_bad_fraction: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.image_size = image_size
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.train_transform = train_transform
+        self.eval_transform = eval_transform
+        self.cache = cache
+        self.max_bad_fraction = max_bad_fraction
+        self.seed = seed
+        self.bad_files: dict[str, str] = {}
+        self._bad: dict[str, set[str]] = {split: set() for split in SPLITS}
+        self._selected: frozenset[str] | None = None
+        self._sources: dict[str, Source] = {}
+        self._caches: dict[str, Source] = {}
+
+    def source(self, split: str) -> Source:
+        """The decoded samples of "train", "val" or "test", with at least the annotations in `keys`."""
+        raise NotImplementedError(f"{type(self).__name__} does not say where its samples are: define source(split)")
+
+    def read_classes(self) -> tuple[str, ...]:
+        """The class names, read from the data; () where there are none."""
+        raise NotImplementedError(f"{type(self).__name__} does not name its classes: define read_classes()")
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """The annotations that batches carry: all that are provided, or those that were selected."""
+        return self.provides if self._selected is None else self._selected
+
+    def select(self, needs: frozenset[str]) -> None:
+        """Keep only these annotations in the samples, so that no work goes into the others.
+
+        Raises UsageError where one of them is not provided, with the data sets that would do.
+        """
+        missing = needs - self.provides
+        if missing:
+            raise UsageError(self._mismatch(missing))
+        if needs != self.keys:
+            self._sources.clear()
+            self._caches.clear()
+        self._selected = needs
+
+    def setup(self, stage: str | None = None) -> None:  # noqa: ARG002, Lightning names the stage
+        """Find the data and check them; needs no Trainer, and does nothing the second time.
+
+        Under a Trainer whose task has the attribute `needs`, `select` is called with it.
+        Raises UsageError where a split is empty, classes are missing, samples are not as promised, or the batch size is
+        larger than the training data.
+        """
+        task = self.trainer.lightning_module if self.trainer else None
+        needs = getattr(task, "needs", None)
+        if needs is not None:
+            self.select(frozenset(needs))
+        if self._sources:
+            return
+        self._sources = {split: self.source(split) for split in SPLITS}
+        self.classes = self.read_classes()
+        self._check()
+
+    def sizes(self) -> dict[str, int]:
+        """Number of images in each split."""
+        return {split: len(source) for split, source in self._sources.items()}
+
+    def train_dataloader(self) -> DataLoader[Sample]:
+        """Shuffled, augmented, in whole global batches."""
+        return self._loader("train", self._transform("train"), shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Sample]:
+        """Every validation image exactly once, in order."""
+        return self._loader("val", self._transform("val"), shuffle=False)
+
+    def test_dataloader(self) -> DataLoader[Sample]:
+        """Every test image exactly once, in order."""
+        return self._loader("test", self._transform("test"), shuffle=False)
+
+    def loader(self, source: Source, *, split: str = "predict") -> DataLoader[Sample]:
+        """Every sample of any source exactly once, in order, through the evaluation transform: for prediction."""
+        return self._loader_of(source, split, self._transform("test"), shuffle=False, keys=frozenset())
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:  # noqa: ARG002
+        """Take the bad files out of a batch and note them.
+
+        Raises UsageError where they are more than max_bad_fraction of their split, or nothing else is left.
+        """
+        entries = batch.pop("bad", []) if isinstance(batch, dict) else []
+        for split, name, reason in entries:
+            self._note(split, name, reason)
+        if entries and "image" not in batch:
+            raise UsageError(f"All {len(entries)} files of a batch are bad, among them {_sentence(*entries[0][1:])}")
+        return batch
+
+    def _note(self, split: str, name: str, reason: str) -> None:
+        self.bad_files[name] = reason
+        known = self._bad.setdefault(split, set())
+        known.add(name)
+        size = self.sizes().get(split)
+        if size is not None and len(known) > self.max_bad_fraction * size:
+            raise UsageError(
+                f"{len(known)} of {size} {split} files are bad, more than data.max_bad_fraction={self.max_bad_fraction} "
+                f"allows: {_sentence(name, reason)}. Mend or remove it, or type data.max_bad_fraction="
+                f"{_rounded_up(len(known) / size)}"
+            )
+
+    def _transform(self, split: str) -> Transform:
+        from visiontasks.data.augment import crop_and_colour, resize_and_crop
+
+        train = self.train_transform or crop_and_colour
+        evaluation = self.eval_transform or resize_and_crop
+        extra = {"boxes": True} if "bboxes" in self.keys else {}
+        return (train if split == "train" else evaluation)(size=self.image_size, mirror=self.mirror, **extra)
+
+    def _loader(self, split: str, transform: Transform, *, shuffle: bool) -> DataLoader[Sample]:
+        self.setup()
+        return self._loader_of(self._decoded(split), split, transform, shuffle=shuffle, keys=self.keys)
+
+    def _decoded(self, split: str) -> Source:
+        if self.cache is None:
+            return self._sources[split]
+        if split not in self._caches:
+            size = -(-self.image_size * 8 // 7) if split == "train" else None
+            self._caches[split] = Cached(self._sources[split], self.cache, size=size)
+        return self._caches[split]
+
+    def _loader_of(
+        self, source: Source, split: str, transform: Transform, *, shuffle: bool, keys: frozenset[str]
+    ) -> DataLoader[Sample]:
+        data = Views(source, transform, split=split, keys=keys, seed=self.seed)
+        world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        workers = default_workers() if self.num_workers is None else self.num_workers
+        sampler = EpochSampler(
+            data, batch_size=self.batch_size, shuffle=shuffle, seed=self.seed, rank=rank, num_replicas=world
+        )
+        return DataLoader(
+            data,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=workers,
+            collate_fn=collate,
+            worker_init_fn=single_threaded,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # else each epoch would draw a number from the global one
+        )
+
+    def _check(self) -> None:
+        for split, size in self.sizes().items():
+            if size == 0:
+                raise UsageError(f"{type(self).__name__} has no {split} images: {self.sizes()}")
+        if self.keys & {"label", "labels", "mask"} and not self.classes:
+            raise UsageError(f"{type(self).__name__} provides {_listed(self.keys)} but names no classes")
+        if self.batch_size < 1:
+            raise UsageError(f"data.batch_size={self.batch_size} is no batch: give 1 or more")
+        if self.batch_size > self.sizes()["train"]:
+            raise UsageError(too_large_a_batch(self.batch_size, 1, self.sizes()["train"]))
+        for split, source in self._sources.items():
+            self._check_sample(split, source)
+
+    def _check_sample(self, split: str, source: Source) -> None:
+        try:
+            sample = source[0]
+        except BadFile as error:
+            self._note(split, error.path, error.reason)
+            return
+        absent = self.keys - sample.keys()
+        if absent:
+            raise UsageError(f"{source.name(0)} has no {_listed(absent)}, which {type(self).__name__} promises")
+        for key in _SHAPES.keys() & sample.keys():
+            _check_array(source.name(0), key, cast(NDArray[Any], sample[key]))  # type: ignore[literal-required]
+
+    def _mismatch(self, missing: frozenset[str]) -> str:
+        names = [name for name in exported.__all__ if missing <= _provided(getattr(exported, name))]
+        others = ", ".join(f"data={_conf_name(name)}" for name in names if name != type(self).__name__)
+        own = [self.remedies[key] for key in sorted(missing) if key in self.remedies]
+        remedy = " or ".join([*dict.fromkeys(own), *([f"one of {others}"] if others else [])])
+        return (
+            f"The task needs {_listed(missing)} and {_conf_name(type(self).__name__)} provides "
+            f"{_listed(self.provides) or 'images only'}: type {remedy or 'data= with your own data module'}"
+        )
+
+
+class Views(Dataset[Sample | BadFile]):
+    """A source's samples, each transformed by a draw that belongs to (seed, epoch, index); keys are (epoch, index)."""
+
+    def __init__(
+        self, source: Source, transform: Transform, *, split: str, keys: frozenset[str], seed: int = 0
+    ) -> None:
+        self.source = source
+        self.transform = transform
+        self.split = split
+        self.keys = keys | {"image"}
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: Key | int) -> Any:
+        from visiontasks.data.randomness import draw
+
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        try:
+            given = self.source[index]
+        except BadFile as error:
+            return (self.split, error.path, error.reason)
+        kept = cast(Sample, {name: value for name, value in given.items() if name in self.keys})
+        sample = draw(cast(Any, self.transform), kept, seed=self.seed, epoch=epoch, index=index)
+        sample["index"] = index
+        return sample
+
+
+def collate(items: list[Any]) -> Batch:
+    """Stack samples to a batch; those that are BadEntry go to its entry "bad", which is there only when it is needed."""
+    bad = [item for item in items if isinstance(item, tuple)]
+    samples = [item for item in items if not isinstance(item, tuple)]
+    batch: dict[str, Any] = {key: _collated(key, [sample[key] for sample in samples]) for key in _keys(samples)}
+    if bad:
+        batch["bad"] = bad
+    return batch
+
+
+def single_threaded(_: int) -> None:
+    """Keep a worker process to one thread: the cores are shared out among processes already."""
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+
+
+def default_workers() -> int:
+    """No worker processes without a GPU, where the model takes every core; else up to 8 for each GPU."""
+    if not torch.cuda.is_available():
+        return 0
+    return min(8, len(os.sched_getaffinity(0)) // torch.cuda.device_count())
+
+
+def _keys(samples: list[Any]) -> tuple[str, ...]:
+    return tuple(samples[0]) if samples else ()
+
+
+def _collated(key: str, values: list[Any]) -> Tensor | list[Tensor]:
+    if key in _PER_OBJECT:
+        return [torch.from_numpy(np.ascontiguousarray(value, _DTYPES[key])) for value in values]
+    stacked = torch.from_numpy(np.stack([np.asarray(value) for value in values]))
+    return stacked.permute(0, 3, 1, 2) if key == "image" else stacked  # (B, 3, H, W)
+
+
+def _check_array(name: str, key: str, array: NDArray[Any]) -> None:
+    if array.ndim != _SHAPES[key] or array.dtype != _DTYPES[key] or (key == "image" and array.shape[2] != 3):
+        found = f"{array.dtype} of shape {array.shape}"
+        raise UsageError(
+            f"{name} gives {key} as {found}: it takes {np.dtype(_DTYPES[key])} with {_SHAPES[key]} dimensions"
+        )
+
+
+def _provided(thing: object) -> frozenset[str]:
+    concrete = isinstance(thing, type) and issubclass(thing, DataModule) and thing is not DataModule
+    return cast(type[DataModule], thing).provides if concrete else frozenset()
+
+
+def _conf_name(name: str) -> str:
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+
+
+def _listed(words: frozenset[str]) -> str:
+    return ", ".join(sorted(words))
+
+
+def _sentence(name: str, reason: str) -> str:
+    return f"{name} {reason}" if reason[:1].islower() else f"{name}: {reason}"
+
+
+def _rounded_up(fraction: float) -> str:
+    return f"{np.ceil(fraction * 10000) / 10000:g}"

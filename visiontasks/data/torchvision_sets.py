@@ -1,0 +1,169 @@
+"""CIFAR and MNIST as data modules, in torchvision's folder layout, downloaded where there is a network."""
+
+from __future__ import annotations
+
+import fcntl
+import gzip
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from visiontasks.contracts import UsageError
+from visiontasks.data.module import DataModule
+from visiontasks.data.sampling import held_out
+from visiontasks.data.source import Arrays, Source, Subset
+
+_IDX_UINT8 = 0x08  # type byte of the idx format
+_IDX_NAMES = {"train": "train", "test": "t10k"}
+
+
+class _Published(DataModule):
+    """A set with published train and test parts; val is cut from train: `val_fraction` of every class, by the seed.
+
+    Reads `root` in torchvision's folder layout, and downloads into it what is missing.
+    Raises UsageError where the files are not there and cannot be downloaded.
+    """
+
+    provides = frozenset({"label"})
+
+    def __init__(
+        self, *, root: str | Path = "data", val_fraction: float = 0.1, image_size: int = 32, **options: Any
+    ) -> None:
+        super().__init__(image_size=image_size, **options)
+        self.root = Path(root)
+        self.val_fraction = val_fraction
+        self._parts: dict[str, Arrays] = {}
+
+    def source(self, split: str) -> Source:
+        """The published test part, or the kept or held out share of the published train part."""
+        if split == "test":
+            return self._part("test")
+        part = self._part("train")
+        kept, held = held_out(_labels(part), fraction=self.val_fraction, seed=self.seed)
+        return Subset(part, kept if split == "train" else held)
+
+    def _part(self, part: str) -> Arrays:
+        if part not in self._parts:
+            self._parts[part] = self._read(part)
+        return self._parts[part]
+
+    def _read(self, part: str) -> Arrays:
+        raise NotImplementedError
+
+    def _published(self, part: str) -> Any:
+        """torchvision's data set, downloaded under a lock so that processes started together do not collide."""
+        from torchvision import datasets
+
+        cls = getattr(datasets, type(self).__name__)
+        try:
+            return cls(str(self.root), train=part == "train", download=False)
+        except (RuntimeError, OSError):
+            pass  # not there, or damaged: torchvision raises the one for both
+        try:
+            with _locked(self.root):
+                return cls(str(self.root), train=part == "train", download=True)
+        except (RuntimeError, OSError) as error:
+            raise UsageError(self._absent(error)) from error
+
+    def _absent(self, error: Exception) -> str:
+        return (
+            f"{type(self).__name__} is not in {self.root.absolute()} and could not be downloaded "
+            f"({' '.join(str(error).split())[:120]}): put its files there as torchvision lays them out, "
+            "or type data.root=FOLDER"
+        )
+
+
+class CIFAR10(_Published):
+    """60,000 colour photographs of ten kinds of things, 32 x 32 (Krizhevsky 2009, "Learning multiple layers of features")."""
+
+    def read_classes(self) -> tuple[str, ...]:
+        """The names in the data's own meta file."""
+        return tuple(self._published("test").classes)
+
+    def _read(self, part: str) -> Arrays:
+        data = self._published(part)
+        return Arrays(data.data, np.asarray(data.targets, np.int64), title=f"{type(self).__name__}/{part}")
+
+
+class CIFAR100(CIFAR10):
+    """60,000 colour photographs of a hundred kinds of things, 32 x 32 (Krizhevsky 2009)."""
+
+
+class MNIST(_Published):
+    """70,000 handwritten digits, 28 x 28, grey (LeCun et al. 1998, "Gradient-based learning applied to document recognition").
+
+    Also reads a `root` that holds the four idx files themselves, plain or gzipped.
+    """
+
+    mirror = False
+    places: ClassVar[tuple[Path, ...]] = ()  # looked at when `root` has nothing
+
+    def __init__(self, *, image_size: int = 28, **options: Any) -> None:
+        super().__init__(image_size=image_size, **options)
+
+    def read_classes(self) -> tuple[str, ...]:
+        """torchvision's names; the files have numbers only."""
+        from torchvision import datasets
+
+        return tuple(getattr(datasets, type(self).__name__).classes)
+
+    def _read(self, part: str) -> Arrays:
+        stem = _IDX_NAMES[part]
+        images = self._idx(f"{stem}-images-idx3-ubyte", part)
+        labels = self._idx(f"{stem}-labels-idx1-ubyte", part).astype(np.int64)
+        if len(images) != len(labels):
+            raise UsageError(f"{self.root} holds {len(images)} {part} images but {len(labels)} labels: fetch it again")
+        return Arrays(images, labels, title=f"{type(self).__name__}/{part}")
+
+    def _idx(self, name: str, part: str) -> NDArray[np.uint8]:
+        folder = self.root / type(self).__name__ / "raw"
+        places = [place / name for place in (folder, self.root, *self.places)]
+        found = [path for place in places for path in (place, place.with_name(f"{name}.gz")) if path.is_file()]
+        if found:
+            return read_idx(found[0])
+        self._published(part)
+        return read_idx(folder / name)
+
+
+class FashionMNIST(MNIST):
+    """70,000 pictures of clothes, 28 x 28, grey (Xiao et al. 2017, arXiv 1708.07747).
+
+    Also found where Debian's package dataset-fashion-mnist puts it.
+    """
+
+    mirror = True
+    places = (Path("/usr/share/datasets/fashion-mnist"),)
+
+
+def read_idx(path: Path) -> NDArray[np.uint8]:
+    """Read an array of bytes in LeCun's idx format, plain or gzipped.
+
+    Raises UsageError where the file is of another format, or shorter or longer than its header says.
+    """
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError) as error:
+        raise UsageError(f"{path} cannot be read ({error}): fetch it again") from error
+    if len(data) < 4 or data[:3] != bytes([0, 0, _IDX_UINT8]):
+        raise UsageError(f"{path} is no idx file of bytes; it begins with {data[:4]!r}: fetch it again")
+    start = 4 + 4 * data[3]
+    shape = tuple(int(side) for side in np.frombuffer(data[4:start], ">u4"))
+    if len(data) - start != int(np.prod(shape)):
+        raise UsageError(f"{path} holds {len(data) - start} bytes where {shape} needs {np.prod(shape)}: fetch it again")
+    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+
+
+def _labels(part: Arrays) -> NDArray[np.int64]:
+    return np.empty(0, np.int64) if part.labels is None else part.labels
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
