@@ -60,7 +60,7 @@ class Files:
 
 def ours(source: Source, epoch: int, *, transform: Any) -> torch.Tensor:
     images = [draw(transform, source[i], seed=0, epoch=epoch, index=i)["image"] for i in range(len(source))]
-    return torch.stack([torch.from_numpy(image).permute(2, 0, 1) for image in images])  # (B, 3, H, W)
+    return torch.stack([torch.from_numpy(image) for image in images]).permute(0, 3, 1, 2)  # (B, 3, H, W)
 
 
 def torchvisions(paths: list[Path], epoch: int, *, transform: Callable[[Any], torch.Tensor]) -> torch.Tensor:

@@ -34,7 +34,7 @@ def _adjusted(image: Floats, name: str) -> Floats:
 
 
 def _applied(matrix: colour.Matrix, image: NDArray[np.uint8]) -> Floats:
-    return image @ matrix[:, :3].T + matrix[:, 3]
+    return image @ matrix[:3, :3].T + matrix[:3, 3]
 
 
 @pytest.mark.parametrize("order", itertools.permutations(FACTORS))
@@ -42,10 +42,16 @@ def test_one_matrix_equals_the_steps_in_their_order(order: tuple[str, ...]) -> N
     expected = MILD.astype(np.float64)
     for name in order:
         expected = _adjusted(expected, name)
-    matrix = composed(order, FACTORS, mean=MILD.mean(axis=(0, 1)))
+    matrix = composed(order, FACTORS, mean=colour.mean_colour(MILD))
     assert expected.min() > 0
     assert expected.max() < 255
     np.testing.assert_allclose(_applied(matrix, MILD), expected, atol=0.01)  # torchvision's grey weights have 4 digits
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 3), (301, 500)])
+def test_the_mean_is_exact(shape: tuple[int, int]) -> None:
+    image = RNG.integers(0, 256, (*shape, 3), dtype=np.uint8)
+    np.testing.assert_allclose(colour.mean_colour(image), [*image.mean(axis=(0, 1)), 1], rtol=1e-12)
 
 
 def test_a_third_of_a_circle_is_the_hue_shift_of_hsv() -> None:

@@ -9,48 +9,53 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-Matrix = NDArray[np.float64]  # (3, 4) acts on (r, g, b, 1) with values 0..255
+Matrix = NDArray[np.float64]  # (4, 4) acts on (r, g, b, 1) with values 0..255
 
-LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, the grey of torchvision, PIL and OpenCV
-_GREY = np.tile(LUMA, (3, 1))  # (3, 3) every channel becomes the luma
+LUMA = np.array([0.299, 0.587, 0.114, 0.0])  # ITU-R BT.601, the grey of torchvision, PIL and OpenCV
+_COLOURS = np.diag([1.0, 1.0, 1.0, 0.0])
+_ONE = np.diag([0.0, 0.0, 0.0, 1.0])
+_GREY = np.outer([1, 1, 1, 0], LUMA)  # every channel becomes the luma
+_SUM = np.outer([1, 1, 1, 0], [1, 1, 1, 0])
+_OFFSET = np.outer([1, 1, 1, 0], [0, 0, 0, 1])
+_CROSS = np.array([[0.0, -1, 1, 0], [1, 0, -1, 0], [-1, 1, 0, 0], [0, 0, 0, 0]])  # with (1, 1, 1)
 
 
 def brightness(factor: float) -> Matrix:
     """Scale every channel: 0 is black, 1 changes nothing."""
-    return _affine(factor * np.eye(3))
+    return factor * _COLOURS + _ONE
 
 
 def contrast(factor: float, *, grey: float) -> Matrix:
     """Blend with the image's mean luma `grey`, in 0..255: 0 is that grey everywhere, 1 changes nothing."""
-    return _affine(factor * np.eye(3), (1 - factor) * grey)
+    return factor * _COLOURS + (1 - factor) * grey * _OFFSET + _ONE
 
 
 def saturation(factor: float) -> Matrix:
     """Blend each pixel with its luma: 0 is a grey picture, 1 changes nothing."""
-    return _affine(factor * np.eye(3) + (1 - factor) * _GREY)
+    return factor * _COLOURS + (1 - factor) * _GREY + _ONE
 
 
 def hue(turn: float) -> Matrix:
     """Rotate the colours about the grey axis of the RGB cube by `turn` of a full circle (0.5: opposite colours).
 
-    Greys stay as they are. At thirds of a circle it permutes the channels, as the hue shift of HSV does; between them
-    the HSV shift is not linear and differs (by 1.2 grey levels on average for photographs and turns up to 0.1).
+    Greys stay as they are, and the sum of the channels too. At thirds of a circle it permutes the channels, as the hue
+    shift of HSV does; between them that shift is not linear, since it also moves the sum.
     """
     angle = 2 * math.pi * turn
-    even, odd = (1 - math.cos(angle)) / 3, math.sin(angle) / math.sqrt(3)
-    cross = np.array([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]])
-    return _affine(math.cos(angle) * np.eye(3) + even * np.ones((3, 3)) + odd * cross)
+    cosine, sine = math.cos(angle), math.sin(angle)
+    return cosine * _COLOURS + (1 - cosine) / 3 * _SUM + sine / math.sqrt(3) * _CROSS + _ONE  # Rodrigues' formula
 
 
 def composed(order: Sequence[str], factors: Mapping[str, float], *, mean: NDArray[np.float64]) -> Matrix:
-    """Compose the adjustments named in `order`, first to last, for an image with mean colour `mean` (3,) in 0..255.
+    """Compose the adjustments named in `order`, first to last, for an image with mean colour `mean`: (4,) red, green,
+    blue in 0..255 and 1.
 
     Equal to applying them one by one in exact arithmetic, without the rounding and clipping between them: the mean of
     an affinely transformed image is the transformed mean, so contrast finds the grey that it would have found.
     """
-    total = _affine(np.eye(3))
+    total: Matrix = np.eye(4)
     for name in order:
-        total = _then(total, _step(name, factors[name], total[:, :3] @ mean + total[:, 3]))
+        total = _step(name, factors[name], total @ mean) @ total
     return total
 
 
@@ -78,24 +83,22 @@ class ColourMatrix(A.ImageOnlyTransform):  # type: ignore[misc]
 
     def apply(self, img: NDArray[np.uint8], order: list[str], factors: dict[str, float], **_: Any) -> NDArray[np.uint8]:
         """Return a new (H, W, 3) image."""
-        matrix = composed(order, factors, mean=np.array(cv2.mean(img)[:3]))
-        return cv2.transform(img, matrix)  # type: ignore[no-any-return]
+        matrix = composed(order, factors, mean=mean_colour(img))
+        return cv2.transform(img, matrix[:3])  # type: ignore[no-any-return]
 
     def _factor(self, name: str) -> float:
         strength = getattr(self, name)
         return self.py_random.uniform(max(0.0, 1 - strength), 1 + strength)  # type: ignore[no-any-return]
 
 
+def mean_colour(image: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Average an (H, W, 3) image, exactly: (4,) red, green, blue in 0..255 and 1, in a quarter of cv2.mean's time."""
+    columns = cv2.reduce(image.reshape(len(image), -1), 0, cv2.REDUCE_SUM, dtype=cv2.CV_32S)  # (1, W * 3)
+    red, green, blue = columns.reshape(-1, 3).sum(axis=0) / (len(image) * image.shape[1])
+    return np.array([red, green, blue, 1.0])
+
+
 def _step(name: str, factor: float, mean: NDArray[np.float64]) -> Matrix:
     if name == "contrast":
         return contrast(factor, grey=float(LUMA @ mean))
     return {"brightness": brightness, "saturation": saturation, "hue": hue}[name](factor)
-
-
-def _affine(linear: NDArray[np.float64], offset: float = 0.0) -> Matrix:
-    return np.concatenate([linear, np.full((3, 1), offset)], axis=1)  # (3, 4)
-
-
-def _then(first: Matrix, second: Matrix) -> Matrix:
-    linear = second[:, :3]
-    return np.concatenate([linear @ first[:, :3], linear @ first[:, 3:] + second[:, 3:]], axis=1)  # (3, 4)

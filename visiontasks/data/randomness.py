@@ -37,7 +37,8 @@ def key(
         "has_uint32": 0,
         "uinteger": 0,
     }
-    py_random.seed(int.from_bytes(generator.bytes(16), "little"))
+    word = generator.bit_generator.random_raw
+    py_random.seed(word() << 64 | word())
 
 
 def draw(compose: A.Compose, sample: Sample, *, seed: int, epoch: int, index: int, view: int = 0) -> Sample:
