@@ -1,4 +1,4 @@
-"""Samples and data modules; each name is imported when it is first asked for (PEP 562), for each brings heavy libraries."""
+"""Samples and data modules; each name is imported when it is first asked for (PEP 562), with what it needs."""
 
 import os
 from importlib import import_module

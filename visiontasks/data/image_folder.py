@@ -25,17 +25,6 @@ class ImageFiles:
         self.paths = [str(path) for path in paths]
         self.labels = None if labels is None else list(labels)
 
-    @classmethod
-    def found(cls, given: str | Path) -> ImageFiles:
-        """The images that a file, a folder (with all below it) or a glob pattern names.
-
-        Raises UsageError where there are none.
-        """
-        path = Path(given)
-        if path.is_dir():
-            return cls(_some([file for file in _files(path) if file.suffix.lower() in SUFFIXES], path))
-        return cls(_some([path] if path.is_file() else sorted(map(Path, glob.glob(str(given), recursive=True))), path))
-
     def __len__(self) -> int:
         return len(self.paths)
 
@@ -50,11 +39,27 @@ class ImageFiles:
         return self.paths[index]
 
 
+def find_images(given: str | Path) -> list[Path]:
+    """The images that a folder (with all below it), a file or a glob pattern names, sorted.
+
+    Of a folder those with the suffix of an image are taken; of a pattern every file that fits it.
+    Raises UsageError where there are none.
+    """
+    path = Path(given)
+    if path.is_dir():
+        files = [file for file in _files(path) if file.suffix.lower() in SUFFIXES]
+    else:
+        files = [path] if path.is_file() else sorted(file for file in _matches(str(given)) if file.is_file())
+    if not files:
+        raise UsageError(f"No images at {given}: give an image, a folder of images or a pattern like 'photos/*.jpg'")
+    return files
+
+
 class ImageFolder(DataModule):
     """Images in a folder per class, the folders' names being the classes'.
 
-    `root` holds the class folders, or folders train, val (valid, validation) and test with class folders in each. What has no
-    folder of its own is cut from train: `val_fraction` and `test_fraction` of every class, by the seed;
+    `root` holds the class folders, or folders train, val (valid, validation) and test with class folders in each. What
+    has no folder of its own is cut from train: `val_fraction` and `test_fraction` of every class, by the seed;
     `test_fraction=0` makes the validation images the test images as well. Without class folders the images have no
     label, which is enough for pretraining.
     Files are sorted by name; hidden ones are left out; whatever else lies in a class folder counts as an image, so that
@@ -166,6 +171,10 @@ def _files(folder: Path) -> list[Path]:
     """All files below a folder but hidden ones and those in hidden folders, sorted by name."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return sorted(path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+
+
+def _matches(pattern: str) -> list[Path]:
+    return [Path(found) for found in glob.glob(pattern, recursive=True)]  # noqa: PTH207, Path.glob takes no absolute one
 
 
 def _some(files: list[Path], place: Path) -> list[Path]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 89_478_485  # a quarter of a gigabyte in RGB, Pillow's own first limit
 SUFFIXES = frozenset(
@@ -53,10 +53,10 @@ def printable(path: str | os.PathLike[str]) -> str:
 def read_image(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
     """Decode an image file, turned upright by its EXIF orientation.
 
-    Shapes: returns (H, W, 3) uint8 RGB. 16-bit samples keep their high byte, grey is repeated, CMYK is converted without
-    a colour profile, and what is transparent is composited over white, as a viewer shows it.
-    Raises BadFile, with the reason: unreadable, no image, damaged, truncated, more than MAX_PIXELS, floating point or
-    32-bit samples, or several frames. Damage inside a JPEG's compressed data that leaves it well-formed cannot be seen.
+    Shapes: returns (H, W, 3) uint8 RGB. 16-bit samples keep their high byte, grey is repeated, CMYK is converted
+    without a colour profile, and what is transparent is composited over white, as a viewer shows it. Raises BadFile,
+    with the reason: unreadable, no image, damaged, truncated, more than MAX_PIXELS, floating point or 32-bit samples,
+    or several frames. Damage inside a JPEG's compressed data that leaves it well-formed cannot be seen.
     """
     data = _read(path)
     picture = _open(path, data)
@@ -101,7 +101,7 @@ def _open(path: str | os.PathLike[str], data: bytes) -> Image.Image:
     try:
         picture = Image.open(io.BytesIO(data))
         frames = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)  # an MPO adds previews to a JPEG
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise BadFile(path, f"is no image that can be read; it begins with {data[:12]!r}") from error
     except _DAMAGE as error:
         raise BadFile(path, f"has a damaged header ({_words(error)})") from error

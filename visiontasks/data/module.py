@@ -32,19 +32,20 @@ _DTYPES = {"image": np.uint8, "mask": np.uint8, "masks": np.uint8, "bboxes": np.
 
 
 class DataModule(LightningDataModule):
-    """Files to batches; a subclass says where the samples are (`source`) and what the classes are called (`read_classes`).
+    """Files to batches; a subclass says where the samples are (`source`) and what the classes are (`read_classes`).
 
-    A batch is a dict of "image" uint8 (B, 3, H, W) in channels-last memory, "index" (B,), and whichever of "label" (B,) int64
-    or (B, K) float32, "mask" uint8 (B, H, W), and, as lists of one tensor an image, "bboxes" (N, 4) float32 xyxy pixels,
-    "labels" (N,) int64, "masks" (N, H, W) uint8 the data provide. Each sample's augmentation is a function of (seed, epoch,
-    index), its place in the order one of (seed, epoch).
+    A batch is a dict of "image" uint8 (B, 3, H, W) in channels-last memory, "index" (B,), and whichever of these the
+    data provide: "label" (B,) int64 or (B, K) float32, "mask" (B, H, W) uint8, and, as lists of one tensor an image,
+    "bboxes" (N, 4) float32 xyxy pixels, "labels" (N,) int64, "masks" (N, H, W) uint8. Each sample's augmentation is a
+    function of (seed, epoch, index), its place in the order one of (seed, epoch). Files that cannot be read are the
+    entry "bad", a list of (split, name, reason), until on_before_batch_transfer takes it out.
 
-    `train_transform` and `eval_transform` are factories, called with size= and mirror= (and boxes=True where samples have
-    boxes); None means visiontasks.data.augment's crop_and_colour and resize_and_crop. `num_workers=None` means none without
-    a GPU and else up to 8 for each device. `cache` keeps decoded images in "ram" or on "disk" (see Cached): those of
-    training shrunk to a short side of 8/7 of image_size, where they carry no boxes and masks; those of evaluation as they are.
-    `max_bad_fraction` is the share of a split's files that may be bad (left out, and named in `bad_files`) before
-    training stops; with 0 the first one stops it.
+    `train_transform` and `eval_transform` are factories, called with size= and mirror= (and boxes=True where samples
+    have boxes); None means visiontasks.data.augment's crop_and_colour and resize_and_crop. `num_workers=None` means
+    none without a GPU and else up to 8 for each. `cache` keeps decoded images in "ram" or on "disk" (see Cached):
+    those of training shrunk to a short side of 8/7 of image_size, where they have no boxes and masks; the others as
+    they are. `max_bad_fraction` is the share of a split's files that may be bad (left out, and named in `bad_files`)
+    before training stops; with 0 the first one stops it.
     """
 
     provides: frozenset[str] = frozenset()  # the annotations that samples have, in the words of contracts.Sample
@@ -74,6 +75,7 @@ class DataModule(LightningDataModule):
         self.cache = cache
         self.max_bad_fraction = max_bad_fraction
         self.seed = seed
+        self.test_split = "test"
         self.bad_files: dict[str, str] = {}
         self._bad: dict[str, set[str]] = {split: set() for split in SPLITS}
         self._selected: frozenset[str] | None = None
@@ -127,19 +129,23 @@ class DataModule(LightningDataModule):
         """Number of images in each split."""
         return {split: len(source) for split, source in self._sources.items()}
 
-    def train_dataloader(self) -> DataLoader[Sample]:
+    def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled, augmented, in whole global batches."""
         return self._loader("train", self._transform("train"), shuffle=True)
 
-    def val_dataloader(self) -> DataLoader[Sample]:
+    def val_dataloader(self) -> DataLoader[Any]:
         """Every validation image exactly once, in order."""
         return self._loader("val", self._transform("val"), shuffle=False)
 
-    def test_dataloader(self) -> DataLoader[Sample]:
-        """Every test image exactly once, in order."""
-        return self._loader("test", self._transform("test"), shuffle=False)
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Every image of `test_split` exactly once, in order, through the evaluation transform."""
+        return self._loader(self.test_split, self._transform("test"), shuffle=False)
 
-    def loader(self, source: Source, *, split: str = "predict") -> DataLoader[Sample]:
+    def test_name(self, index: int) -> str:
+        """What a person calls an image of the test loader."""
+        return self._sources[self.test_split].name(index)
+
+    def loader(self, source: Source, *, split: str = "predict") -> DataLoader[Any]:
         """Every sample of any source exactly once, in order, through the evaluation transform: for prediction."""
         return self._loader_of(source, split, self._transform("test"), shuffle=False, keys=frozenset())
 
@@ -162,20 +168,19 @@ class DataModule(LightningDataModule):
         size = self.sizes().get(split)
         if size is not None and len(known) > self.max_bad_fraction * size:
             raise UsageError(
-                f"{len(known)} of {size} {split} files are bad, more than data.max_bad_fraction={self.max_bad_fraction} "
-                f"allows: {_sentence(name, reason)}. Mend or remove it, or type data.max_bad_fraction="
-                f"{_rounded_up(len(known) / size)}"
+                f"{len(known)} of {size} {split} files are bad: {_sentence(name, reason)}. Mend or remove what is bad, or type "
+                f"data.max_bad_fraction={_rounded_up(len(known) / size)} (now {self.max_bad_fraction})"
             )
 
     def _transform(self, split: str) -> Transform:
         from visiontasks.data.augment import crop_and_colour, resize_and_crop
 
-        train = self.train_transform or crop_and_colour
-        evaluation = self.eval_transform or resize_and_crop
-        extra = {"boxes": True} if "bboxes" in self.keys else {}
+        train: TransformFactory = self.train_transform or crop_and_colour
+        evaluation: TransformFactory = self.eval_transform or resize_and_crop
+        extra: dict[str, Any] = {"boxes": True} if "bboxes" in self.keys else {}
         return (train if split == "train" else evaluation)(size=self.image_size, mirror=self.mirror, **extra)
 
-    def _loader(self, split: str, transform: Transform, *, shuffle: bool) -> DataLoader[Sample]:
+    def _loader(self, split: str, transform: Transform, *, shuffle: bool) -> DataLoader[Any]:
         self.setup()
         return self._loader_of(self._decoded(split), split, transform, shuffle=shuffle, keys=self.keys)
 
@@ -189,7 +194,7 @@ class DataModule(LightningDataModule):
 
     def _loader_of(
         self, source: Source, split: str, transform: Transform, *, shuffle: bool, keys: frozenset[str]
-    ) -> DataLoader[Sample]:
+    ) -> DataLoader[Any]:
         data = Views(source, transform, split=split, keys=keys, seed=self.seed)
         world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         workers = default_workers() if self.num_workers is None else self.num_workers
@@ -244,7 +249,7 @@ class DataModule(LightningDataModule):
         )
 
 
-class Views(Dataset[Sample | BadFile]):
+class Views(Dataset[Sample | BadEntry]):
     """A source's samples, each transformed by a draw that belongs to (seed, epoch, index); keys are (epoch, index)."""
 
     def __init__(
@@ -259,25 +264,25 @@ class Views(Dataset[Sample | BadFile]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: Key | int) -> Any:
+    def __getitem__(self, key: Key | int) -> Sample | BadEntry:
         from visiontasks.data.randomness import draw
 
         epoch, index = key if isinstance(key, tuple) else (0, key)
         try:
             given = self.source[index]
         except BadFile as error:
-            return (self.split, error.path, error.reason)
+            return self.split, error.path, error.reason
         kept = cast(Sample, {name: value for name, value in given.items() if name in self.keys})
         sample = draw(cast(Any, self.transform), kept, seed=self.seed, epoch=epoch, index=index)
         sample["index"] = index
         return sample
 
 
-def collate(items: list[Any]) -> Batch:
-    """Stack samples to a batch; those that are BadEntry go to its entry "bad", which is there only when it is needed."""
+def collate(items: list[Sample | BadEntry]) -> Batch:
+    """Stack samples to a batch; a BadEntry goes to its entry "bad", which is there only when it is needed."""
     bad = [item for item in items if isinstance(item, tuple)]
-    samples = [item for item in items if not isinstance(item, tuple)]
-    batch: dict[str, Any] = {key: _collated(key, [sample[key] for sample in samples]) for key in _keys(samples)}
+    samples: list[Any] = [item for item in items if not isinstance(item, tuple)]
+    batch: Batch = {key: _collated(key, [sample[key] for sample in samples]) for key in _keys(samples)}
     if bad:
         batch["bad"] = bad
     return batch

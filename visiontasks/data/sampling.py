@@ -15,9 +15,9 @@ class EpochSampler(DistributedSampler[tuple[int, int]]):
     """Yields (epoch, index), so that each worker knows the epoch of each sample.
 
     In training the order is a permutation drawn from (seed, epoch), cut to whole global batches of
-    `batch_size * num_replicas`; rank r takes every num_replicas-th element from r on, so that batch k of all ranks together
-    is batch k of one process with the global batch size. In evaluation (`shuffle=False`) every sample occurs exactly once,
-    in order, with epoch 0 and without padding: ranks may differ by one sample.
+    `batch_size * num_replicas`; rank r takes every num_replicas-th element from r on, so that batch k of all ranks
+    together is batch k of one process with the global batch size. In evaluation (`shuffle=False`) every sample occurs
+    exactly once, in order, with epoch 0 and without padding: ranks may differ by one sample.
     A DistributedSampler, so that Lightning does not put its padding one in its place.
     Raises UsageError where training data are fewer than one global batch.
     """

@@ -79,13 +79,13 @@ class Arrays:
 class Cached:
     """A source whose samples were decoded once, in threads, and are kept as they are in uint8.
 
-    "ram" is one array, which forked workers share without copying. "disk" is a memory-mapped folder under `folder`, named
-    by what is in the source (names, file sizes and times, and a few samples), written beside and renamed, so that it is
-    whole or not there. A bad file stays bad: asking for it raises its BadFile again.
+    "ram" is one array, which forked workers share without copying. "disk" is a memory-mapped folder under `folder`,
+    named by what is in the source (names, file sizes and times, and a few samples), written beside and renamed, so
+    that it is whole or not there. A bad file stays bad: asking for it raises its BadFile again.
 
-    With `size`, images of a sample without boxes or masks are stored with a short side of `size` pixels where theirs is
-    longer: the training crop is then cut from a smaller image, which costs some sharpness in narrow crops and saves most of
-    the memory. Without `size` cached and uncached samples are equal to the bit.
+    With `size`, images of a sample without boxes or masks are stored with a short side of `size` pixels where theirs
+    is longer: the training crop is then cut from a smaller image, which costs some sharpness in narrow crops and
+    saves most of the memory. Without `size` cached and uncached samples are equal to the bit.
 
     Raises UsageError where "ram" would need more memory than is free.
     """
@@ -134,7 +134,7 @@ class Cached:
                     bad[position] = (item.path, item.reason)
                     item = Sample()
                 index.add(item).tofile(data)
-        np.savez(beside / "index.npz", **index.fields())
+        np.savez(beside / "index.npz", allow_pickle=False, **index.fields())
         (beside / "bad.json").write_text(json.dumps(bad), encoding="utf-8")
         _settle(beside, target)
 

@@ -78,7 +78,7 @@ class _Published(DataModule):
 
 
 class CIFAR10(_Published):
-    """60,000 colour photographs of ten kinds of things, 32 x 32 (Krizhevsky 2009, "Learning multiple layers of features")."""
+    """60,000 colour photographs of ten kinds of things, 32 x 32 (Krizhevsky 2009, "Learning multiple layers")."""
 
     def read_classes(self) -> tuple[str, ...]:
         """The names in the data's own meta file."""
@@ -94,7 +94,7 @@ class CIFAR100(CIFAR10):
 
 
 class MNIST(_Published):
-    """70,000 handwritten digits, 28 x 28, grey (LeCun et al. 1998, "Gradient-based learning applied to document recognition").
+    """70,000 handwritten digits, 28 x 28, grey (LeCun et al. 1998, "Gradient-based learning").
 
     Also reads a `root` that holds the four idx files themselves, plain or gzipped.
     """
@@ -106,10 +106,8 @@ class MNIST(_Published):
         super().__init__(image_size=image_size, **options)
 
     def read_classes(self) -> tuple[str, ...]:
-        """torchvision's names; the files have numbers only."""
-        from torchvision import datasets
-
-        return tuple(getattr(datasets, type(self).__name__).classes)
+        """The digits that occur among the labels, "0" to "9"."""
+        return tuple(str(label) for label in np.unique(_labels(self._part("train"))))
 
     def _read(self, part: str) -> Arrays:
         stem = _IDX_NAMES[part]
@@ -137,6 +135,12 @@ class FashionMNIST(MNIST):
 
     mirror = True
     places = (Path("/usr/share/datasets/fashion-mnist"),)
+
+    def read_classes(self) -> tuple[str, ...]:
+        """torchvision's names, for the files have numbers only."""
+        from torchvision import datasets
+
+        return tuple(datasets.FashionMNIST.classes)
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:
