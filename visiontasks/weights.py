@@ -85,9 +85,13 @@ def load_strictly(
     lacking = [name for name in missing if not name.endswith(_COUNTER)]
     misshaped = [name for name, tensor in own.items() if name in state and state[name].shape != tensor.shape]
     left_over = [name for name in state if name not in own]
-    unexpected = [name for name in left_over if name not in set(expected_left_over)]
+    unexpected = sorted(set(left_over) - set(expected_left_over))
     if lacking or misshaped or unexpected:
-        raise UsageError(_refusal(module, source, len(own), lacking, misshaped, unexpected))
+        match = len(own) - len(missing) - len(misshaped)
+        raise UsageError(
+            f"{source} does not fit this {_describe(module)}: {match} of its {len(own)} tensors match, "
+            f"{_faults(lacking, misshaped, unexpected)}: name the backbone that they belong to, or give others."
+        )
     arrived = [name for name in own if name in state]
     own.update({name: state[name] for name in arrived})
     module.load_state_dict(own)
@@ -145,9 +149,10 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         payload = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).split("\n", maxsplit=1)[0]
+        pickled = isinstance(error, pickle.UnpicklingError)
+        reason = "not tensors alone" if pickled else str(error).split("\n", maxsplit=1)[0]
         raise UsageError(
-            f"{file} could not be read as weights ({reason}): give a .pth, .safetensors or .ckpt file."
+            f"{file} cannot be read as weights ({reason}): give a .pth, .safetensors or .ckpt file."
         ) from error
     return payload if isinstance(payload, dict) else {}
 
@@ -168,30 +173,23 @@ def _adapt_first_convolution(module: nn.Module, state: Mapping[str, Tensor]) -> 
         return {}
     if published.ndim != 4 or published.shape[1] != 3 or published[:, :1].shape != weight[:, :1].shape:
         return {}
-    from timm.models import adapt_input_conv  # noqa: PLC0415 (seconds to import, and rarely needed)
+    from timm.models import adapt_input_conv  # takes seconds, and is rarely needed
 
     return {name: adapt_input_conv(weight.shape[1], published)}
 
 
 def _share(module: nn.Module, arrived: Collection[str]) -> float:
     sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
-    return sum(size for name, size in sizes.items() if name in set(arrived)) / max(1, sum(sizes.values()))
+    return sum(sizes.get(name, 0) for name in arrived) / max(1, sum(sizes.values()))
 
 
 def _count(names: Collection[str]) -> str:
     return str(len(names)) if names else "none"
 
 
-def _refusal(
-    module: nn.Module, source: str, total: int, lacking: list[str], misshaped: list[str], unexpected: list[str]
-) -> str:
+def _faults(lacking: list[str], misshaped: list[str], unexpected: list[str]) -> str:
     parts = {"missing": lacking, "of another shape": misshaped, "left over": unexpected}
-    faults = "; ".join(f"{len(names)} {what} ({_some(names)})" for what, names in parts.items() if names)
-    fit = total - len(lacking) - len(misshaped)
-    return (
-        f"{source} does not fit this {_describe(module)}: {fit} of its {total} tensors arrived, {faults}: name the "
-        "backbone that these weights belong to, or give other weights."
-    )
+    return "; ".join(f"{len(names)} {what} ({_some(names)})" for what, names in parts.items() if names)
 
 
 def _describe(module: nn.Module) -> str:

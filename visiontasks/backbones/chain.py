@@ -89,8 +89,8 @@ def dilate(net: nn.Sequential, traces: Mapping[str, Trace], *, output_stride: in
         if traces[name].left > output_stride and not _can_dilate(module):
             raise UsageError(
                 f"output_stride={output_stride}, but this network reaches stride {traces[name].left} by {module}, "
-                "which cannot be dilated: use output_stride=null, or a backbone that strides by odd convolutions, such as "
-                "resnet50, mobilenet_v2 or regnet_y_400mf."
+                "which cannot be dilated: use output_stride=null, or a backbone that strides by odd convolutions, "
+                "such as resnet50, mobilenet_v2 or regnet_y_400mf."
             )
     for name, module in net.named_modules():
         if isinstance(module, nn.Conv2d):

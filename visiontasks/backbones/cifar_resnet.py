@@ -57,9 +57,8 @@ class CifarResNet(FreezableBackbone):
             raise UsageError(f"backbone.depth={depth} is not 6n + 2: give 20, 32, 44, 56 or 110.")
         check_output_stride(output_stride)
         if output_stride is not None:
-            raise UsageError(
-                f"output_stride={output_stride}, but a CIFAR ResNet ends at stride 4: use output_stride=null."
-            )
+            raise UsageError(f"output_stride={output_stride}, but a CIFAR ResNet ends at stride 4: leave it null.")
+        self.name = f"resnet{depth}"
         self.in_channels = in_channels
         self.mean = for_channels(IMAGENET_MEAN, in_channels)
         self.std = for_channels(IMAGENET_STD, in_channels)

@@ -7,6 +7,7 @@ from typing import Any
 
 import timm
 import torch
+from huggingface_hub.constants import HF_HUB_CACHE
 from torch import Tensor
 
 from visiontasks.backbones.chain import IMAGENET_MEAN, IMAGENET_STD, check_output_stride, for_channels
@@ -47,6 +48,7 @@ class TimmBackbone(FreezableBackbone):
         super().__init__()
         check_output_stride(output_stride)
         blueprint = _blueprint(name)
+        self.name = name
         self.indices = _last_at_each_stride([int(info["reduction"]) for info in blueprint.feature_info])
         options = _options(type(blueprint), output_stride)
         self.net = _create(name, in_channels=in_channels, **options)
@@ -123,7 +125,7 @@ def _download(name: str) -> dict[str, Tensor]:
         state: dict[str, Tensor] = timm.create_model(name, pretrained=True).state_dict()
     except (OSError, RuntimeError) as error:
         raise UsageError(
-            f"The published weights of timm's {name} did not arrive ({error}): fetch them where there is a network and "
-            "give the file by backbone.weights=PATH."
+            f"The published weights of timm's {name} lie neither in {HF_HUB_CACHE} nor within reach ({error}): fetch "
+            "them where there is a network and give the file by backbone.weights=PATH."
         ) from error
     return state

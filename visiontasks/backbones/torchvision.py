@@ -77,6 +77,7 @@ class TorchvisionBackbone(FreezableBackbone):
         super().__init__()
         check_output_stride(output_stride)
         family = _family(name)
+        self.name = name
         network = torchvision.models.get_model(name, weights=None, **family.options)
         self.net = _chain(network, family)
         _replace_first_convolution(self.net, in_channels)
@@ -109,10 +110,10 @@ def _family(name: str) -> _Family:
     known = [known for known in torchvision.models.list_models(module=torchvision.models) if _match(known)]
     family = _match(name)
     if family is None or name not in known:
-        near = get_close_matches(name, known, n=3, cutoff=0.5) or known
+        near = get_close_matches(name, known, n=3, cutoff=0.6) or ["resnet50", "mobilenet_v2"]
         raise UsageError(
-            f"backbone.name={name} is no network that the torchvision backbone knows: choose {', '.join(near)}, "
-            "or try backbone=timm."
+            f"backbone.name={name} is no network that the torchvision backbone knows: try {', '.join(near)}, "
+            f"or backbone=timm backbone.name={name}."
         )
     return family
 
@@ -166,7 +167,7 @@ def _replace_first_convolution(net: nn.Sequential, in_channels: int) -> None:
         bias=old.bias is not None,
     )
     fan_in_ratio = old.in_channels / in_channels
-    nn.init.normal_(new.weight, std=float(old.weight.std()) * fan_in_ratio**0.5)  # outputs keep their variance
+    nn.init.normal_(new.weight, std=float(old.weight.detach().std()) * fan_in_ratio**0.5)  # outputs keep their variance
     net.set_submodule(name, new)
 
 
@@ -180,7 +181,7 @@ def _statistics(name: str, in_channels: int) -> tuple[tuple[float, ...], tuple[f
 
 
 def _aliases(net: nn.Sequential) -> dict[str, str]:
-    """Maps the names in DenseNet's published files, `denselayer1.norm.1.weight`, to today's `denselayer1.norm1.weight`."""
+    """Maps the names in DenseNet's published files, `denselayer1.norm.1.weight`, to today's `denselayer1.norm1`."""
     names = net.state_dict()
     dotted = {re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", name): name for name in names}
     return {old: new for old, new in dotted.items() if old != new}
