@@ -54,5 +54,5 @@ class Sample(TypedDict, total=False):
     index: int  # position in the data set
 
 
-Batch = dict[str, Any]  # "image": uint8 (B, 3, H, W); "index": (B,); "label": (B,); per-object entries: lists of tensors
+Batch = dict[str, Any]  # "image": uint8 (B, 3, H, W); "index", "label": (B,); per-object entries: lists of tensors
 Transform = Callable[..., dict[str, object]]  # an albumentations.Compose, called with a sample's entries

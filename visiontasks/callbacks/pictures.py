@@ -49,7 +49,8 @@ class ContactSheets(Callback):
         batch_idx: int,  # noqa: ARG002
         dataloader_idx: int = 0,  # noqa: ARG002
     ) -> None:
-        tiles = _tiles(module, outputs, batch, trainer.datamodule.names("test", batch["index"].tolist()))  # type: ignore[attr-defined]
+        data: Any = getattr(trainer, "datamodule")  # noqa: B009
+        tiles = _tiles(module, outputs, batch, [data.test_name(index) for index in batch["index"].tolist()])
         share = math.ceil(self.images / int(trainer.num_test_batches[0]))
         stride = max(1, len(tiles) // share)
         self.sample += tiles[::stride][:share]

@@ -44,7 +44,7 @@ class Report(Callback):
     ) -> None:
         self.images += len(batch["image"])
         if self.first_step is None:
-            self.first_step = time.perf_counter() - self.started
+            self.first_step = time.time()
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:  # noqa: ARG002
         self.training_seconds += time.perf_counter() - self._resumed_at
@@ -60,7 +60,7 @@ class Report(Callback):
             "epochs": trainer.current_epoch,
             "steps": trainer.global_step,
             "seconds": round(time.perf_counter() - self.started, 1),
-            "seconds_to_first_step": None if self.first_step is None else round(self.first_step, 1),
+            "first_step_at": self.first_step,
             "images_per_second": round(self.images * world_size() / max(self.training_seconds, 1e-9), 1),
             "peak_memory_gb": peak_memory(),
             "device": device_name(trainer),
@@ -80,7 +80,7 @@ def introduction(trainer: Trainer, module: Any) -> list[str]:
     trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     accumulated = trainer.accumulate_grad_batches
     batch = f"{data.batch_size * world_size() * accumulated}"
-    parts = f"{data.batch_size} an step x {world_size()} processes x {accumulated} accumulated"
+    parts = f"{data.batch_size} x {world_size()} processes x {accumulated} accumulated"
     return [
         f"data       {type(data).__name__}: {sizes}",
         f"classes    {len(module.classes)}: {classes}",

@@ -70,14 +70,12 @@ def build_task(config: Config, *, classes: tuple[str, ...]) -> Task:
         channels_last=native_bfloat16() if channels_last == "auto" else channels_last,
     )
     task.config = {key: config[key] for key in PARTS}
-    return task.to(memory_format=task.memory_format)  # type: ignore[call-overload,no-any-return]
+    return task.to(memory_format=task.memory_format)
 
 
 def build_trainer(config: Config, *, folder: Path) -> Trainer:
     """The trainer with its callbacks and loggers, writing to a run folder."""
-    options = config["trainer"]
-    if options["precision"] == "auto":
-        options = options | {"precision": "bf16-mixed" if native_bfloat16() else "32-true"}
+    options = config["trainer"] | {"precision": resolved_precision(config["trainer"]["precision"])}
     trainer: Trainer = instantiate(
         options,
         callbacks=build_callbacks(config.get("callbacks") or {}),
@@ -98,9 +96,16 @@ def build_callbacks(config: Config) -> list[Callback]:
 def native_bfloat16() -> bool:
     """Whether the accelerator that Lightning would choose multiplies bfloat16 in hardware."""
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     abilities = torch.cpu.get_capabilities()
     return bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16"))
+
+
+def resolved_precision(precision: Any) -> Any:
+    """The precision to train in: where it is "auto", bf16-mixed if the accelerator has bfloat16 natively, else 32."""
+    if precision != "auto":
+        return precision
+    return "bf16-mixed" if native_bfloat16() else "32-true"
 
 
 def find_checkpoint(path: str) -> Path:

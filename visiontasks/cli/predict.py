@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,10 @@ from visiontasks.cli.stored import offer_checkpoint
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+    from torch import Tensor
+    from torch.utils.data import DataLoader
+
+    from visiontasks.tasks.base import Prediction, Task
 
 USAGE = """
 python predict.py run=PATH input=FILE_OR_FOLDER_OR_GLOB [output=FOLDER] [key=value ...]
@@ -25,22 +30,67 @@ def main() -> None:
 
 
 def predict(composed: "DictConfig") -> None:
-    """Writes predictions.jsonl, a picture of each image and a contact sheet; files that cannot be read are named."""
-    from visiontasks.callbacks.pictures import draw_sheet
-    from visiontasks.cli.build import build_data, build_trainer, load_task, plain, read_checkpoint
+    """Writes predictions.jsonl, a picture of each image and a contact sheet; a file that cannot be read is named."""
+    from lightning import Fabric
+    from tqdm import tqdm
+
+    from visiontasks.callbacks.pictures import Tile, draw_sheet
+    from visiontasks.cli.build import build_data, load_task, plain, read_checkpoint, resolved_precision
     from visiontasks.cli.evaluate import output_folder
     from visiontasks.cli.train import quieten
-    from visiontasks.data.files import ImageFiles, find_images
+    from visiontasks.data.image_folder import ImageFiles
 
     config, folder = plain(composed), output_folder()
     quieten()
     checkpoint = Path(config["checkpoint"]["path"])
     task = load_task(checkpoint)
     data = build_data(read_checkpoint(checkpoint)["config"])
-    files = ImageFiles(find_images(config["input"]))
-    loader = data.prediction_loader(files, batch_size=config["batch_size"], num_workers=config["num_workers"])
-    trainer = build_trainer(config, folder=folder)
-    print(trainer, loader, json, draw_sheet, SHEET, Any, task)
+    data.batch_size, data.num_workers = config["batch_size"], config["num_workers"]
+    files = ImageFiles.found(config["input"])
+    fabric = Fabric(config["accelerator"], devices=1, precision=resolved_precision(config["precision"]))
+    task.to(fabric.device)
+    folder.mkdir(parents=True, exist_ok=True)
+    tiles: list[Tile] = []
+    with (folder / "predictions.jsonl").open("w") as lines, fabric.autocast():
+        for index, image, prediction in tqdm(predicted(task, data.loader(files)), total=len(files), unit="image"):
+            lines.write(json.dumps({"file": files.name(index), **prediction}) + "\n")
+            if image is not None:
+                tiles.append(Tile(0.0, files.name(index), image, prediction, None))
+            if image is not None and config["pictures"]:
+                draw_picture(task, tiles[-1], folder / "pictures", index)
+            del tiles[SHEET:]
+    if tiles:
+        draw_sheet(task, tiles, folder / "predictions.png", named=True)
+    print(f"{len(files)} files, {len(files) - len(data.bad_files)} predicted: {folder}")
+
+
+def predicted(
+    task: "Task", loader: "DataLoader[Any]"
+) -> Iterator[tuple[int, "Tensor | None", "Prediction"]]:
+    """Each file's position, its image, uint8 (3, H, W), and prediction; without an image, the error instead."""
+    import torch
+
+    seen = 0
+    for batch in loader:
+        rows: dict[int, tuple[Tensor | None, Prediction]] = {}
+        if "image" in batch:
+            with torch.inference_mode():
+                raw = task.predict_step({"image": batch["image"].to(task.device)}, 0)
+            images = zip(batch["image"], task.predictions(raw), strict=True)
+            rows = dict(zip(batch["index"].tolist(), images, strict=True))
+        bad = iter(batch.get("bad", []))
+        for index in range(seen, seen + len(rows) + len(batch.get("bad", []))):
+            image, prediction = rows[index] if index in rows else (None, {"error": next(bad)[-1]})
+            yield index, image, prediction
+            seen = index + 1
+
+
+def draw_picture(task: "Task", tile: Any, folder: Path, index: int) -> None:
+    """Draws one image with its prediction, under its own name; the position tells apart files of one name."""
+    from visiontasks.callbacks.pictures import draw_sheet
+
+    folder.mkdir(exist_ok=True)
+    draw_sheet(task, [tile], folder / f"{index:05d}_{Path(tile.name).stem}.png", columns=1)
 
 
 if __name__ == "__main__":

@@ -168,8 +168,8 @@ class DataModule(LightningDataModule):
         size = self.sizes().get(split)
         if size is not None and len(known) > self.max_bad_fraction * size:
             raise UsageError(
-                f"{len(known)} of {size} {split} files are bad: {_sentence(name, reason)}. Mend or remove what is bad, or type "
-                f"data.max_bad_fraction={_rounded_up(len(known) / size)} (now {self.max_bad_fraction})"
+                f"{len(known)} of {size} {split} files are bad: {_sentence(name, reason)}. Mend or remove what is bad, "
+                f"or type data.max_bad_fraction={_rounded_up(len(known) / size)} (now {self.max_bad_fraction})"
             )
 
     def _transform(self, split: str) -> Transform:

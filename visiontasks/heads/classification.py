@@ -27,9 +27,7 @@ class MLP(nn.Module):
     Shapes: a pyramid whose last map is (B, C, H, W) to logits (B, num_classes).
     """
 
-    def __init__(
-        self, *, levels: tuple[Level, ...], num_classes: int, hidden: int = 512, dropout: float = 0.2
-    ) -> None:
+    def __init__(self, *, levels: tuple[Level, ...], num_classes: int, hidden: int = 512, dropout: float = 0.2) -> None:
         super().__init__()
         self.layers = nn.Sequential(
             nn.Linear(levels[-1].channels, hidden),

@@ -86,7 +86,7 @@ class Task(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
         self._unflushed += 1
-        if self._unflushed >= max(1, self.trainer.log_every_n_steps):
+        if self._unflushed >= max(1, self.trainer.log_every_n_steps):  # type: ignore[attr-defined]
             self._flush()
 
     def on_train_epoch_end(self) -> None:
@@ -101,7 +101,7 @@ class Task(LightningModule):
         values = {f"train/{name}": mean for name, mean in zip(self._running, means, strict=True)}
         values["train/lr"] = max(group["lr"] for optimizer in self._optimizers() for group in optimizer.param_groups)
         for logger in self.loggers:
-            logger.log_metrics(values | {"epoch": self.current_epoch}, step=self.trainer.global_step)
+            logger.log_metrics(values | {"epoch": self.current_epoch}, step=max(0, self.trainer.global_step - 1))
         self.log("loss", means[0], prog_bar=True, logger=False)
         self._running.clear()
         self._unflushed = 0

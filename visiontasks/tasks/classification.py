@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import torch
 from matplotlib.axes import Axes
 from torch import Tensor, nn
-from torchmetrics import Metric, SumMetric
+from torchmetrics import Metric, MetricCollection, SumMetric
 from torchmetrics.classification import (
     MulticlassAccuracy,
     MulticlassCalibrationError,
@@ -62,6 +62,7 @@ class Classification(Task):
         self.mix = _mix(mixup, cutmix, len(classes))
         self.metrics = MultiLabelMetrics(len(classes)) if multi_label else ClassMetrics(len(classes))
         weights = None if class_weights is None else torch.tensor(class_weights)
+        self.class_weights: Tensor | None
         self.register_buffer("class_weights", weights, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -136,10 +137,10 @@ class Classification(Task):
 
     def errors(self, raw: Tensor, batch: Batch) -> Tensor:
         """The probability given to what is not true: of the wrong class chosen, or of the most wrong label."""
-        probabilities, labels = self.probabilities(raw), batch["label"]
+        probabilities, labels = self.probabilities(raw), batch["label"]  # (B, K), (B,) or (B, K)
         if self.multi_label:
-            wrong = (probabilities - labels).abs()  # (B, K)
-            return wrong.amax(dim=1).where(wrong.amax(dim=1) > 0.5, 0)
+            wrong = (probabilities - labels).abs().amax(dim=1)  # (B,)
+            return wrong.where(wrong > 0.5, 0)
         score, chosen = probabilities.max(dim=1)
         return score.where(chosen != labels, 0)  # (B,)
 
@@ -157,27 +158,25 @@ class Classification(Task):
 class _Metrics(nn.Module):
     """Metric objects that see each image once and are summed over processes when computed."""
 
-    def __init__(self, metrics: dict[str, Metric]) -> None:
+    def __init__(self, metrics: dict[str, Metric | MetricCollection]) -> None:
         super().__init__()
-        self.metrics = nn.ModuleDict(metrics)
+        self.metrics = MetricCollection(metrics, compute_groups=False)
         self.loss = SumMetric()
         self.count = SumMetric()
 
     def update(self, probabilities: Tensor, target: Tensor, loss: Tensor, count: Tensor) -> None:
         """Adds a batch: probabilities (B, K), target (B,) or (B, K), the loss's sum and count."""
-        for metric in self.metrics.values():
-            metric.update(probabilities, target.long())
+        self.metrics.update(probabilities, target.long())
         self.loss.update(loss.detach())
         self.count.update(count.detach())
 
     def values(self) -> dict[str, Tensor]:
         """Each figure over all images of all processes."""
-        figures = {"loss": self.loss.compute() / self.count.compute().clamp(min=1e-12)}
-        return figures | {name: metric.compute() for name, metric in self.metrics.items()}
+        return {"loss": self.loss.compute() / self.count.compute().clamp(min=1e-12), **self.metrics.compute()}
 
     def reset(self) -> None:
         """Forgets all images."""
-        for metric in (*self.metrics.values(), self.loss, self.count):
+        for metric in (self.metrics, self.loss, self.count):
             metric.reset()
 
 
@@ -185,7 +184,7 @@ class ClassMetrics(_Metrics):
     """Accuracy, top-5, macro F1, mean per-class accuracy and expected calibration error of one class an image."""
 
     def __init__(self, classes: int) -> None:
-        metrics: dict[str, Metric] = {
+        metrics: dict[str, Metric | MetricCollection] = {
             "confusion": MulticlassConfusionMatrix(classes),
             "ece": MulticlassCalibrationError(classes, n_bins=15),
         }
@@ -231,8 +230,6 @@ class MultiLabelMetrics(_Metrics):
 
 def _mix(mixup: float, cutmix: float, classes: int) -> nn.Module | None:
     mixes = [
-        make(alpha=alpha, num_classes=classes)
-        for make, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix))
-        if alpha > 0
+        make(alpha=alpha, num_classes=classes) for make, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha > 0
     ]
     return v2.RandomChoice(mixes) if mixes else None

@@ -19,7 +19,7 @@ def parameter_groups(module: nn.Module) -> Groups:
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     decayed = [parameter for parameter in trainable if parameter.ndim > 1]
     plain = [parameter for parameter in trainable if parameter.ndim <= 1]
-    groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+    groups: Groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
@@ -65,7 +65,7 @@ def polynomial(
     """A linear warm-up over a fraction of the training, then (1 - t) ** power (Liu et al. 2015, 1506.04579)."""
 
     def factor(step: int) -> float:
-        fall = (1 - _progress(step, total_steps, warmup)) ** power
+        fall: float = (1 - _progress(step, total_steps, warmup)) ** power
         return _ramp(step, warmup * total_steps) * fall
 
     return _by_step(optimizer, factor)

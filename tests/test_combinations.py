@@ -1,0 +1,74 @@
+"""Every backbone of conf/ under every head of conf/ that fits: one training step each."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from visiontasks.cli.build import build_task
+from visiontasks.cli.command_line import CONF, choices
+from visiontasks.layers.distributed import mean_over_processes
+from visiontasks.tasks.base import Task
+
+ROOT = Path(__file__).parents[1]
+HEADS = {"classification": ("linear", "mlp", "vgg")}
+CELLS = [
+    (task, backbone, head) for task, heads in HEADS.items() for backbone in choices("backbone") for head in heads
+]
+FAMILIES = ("vgg11_bn", "resnet18", "resnet20", "mobilenet_v2", "densenet121", "shufflenet_v2", "convnext_tiny", "timm")
+SMALL = {"vgg": ["head.hidden=64", "head.grid=2"]}
+
+
+def config(*overrides: str) -> dict[str, Any]:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = compose("train", list(overrides))
+    parts = ("task", "backbone", "head", "data", "augment", "optimizer", "scheduler", "channels_last", "seed")
+    container: Any = OmegaConf.to_container(OmegaConf.masked_copy(composed, list(parts)), resolve=True)
+    return container  # type: ignore[no-any-return]
+
+
+def step(task: Task) -> float:
+    """One optimiser step on four images; returns the loss."""
+    batch = {"image": torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8), "label": torch.tensor([0, 1, 2, 0])}
+    optimizer = torch.optim.SGD(task.parameters(), lr=0.1)
+    task.train()
+    total, count = task.loss(task(task.images(batch)), batch["label"])  # type: ignore[operator]
+    loss = mean_over_processes(total, count)
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def one_step(task: str, backbone: str, head: str) -> None:
+    torch.manual_seed(0)
+    overrides = [f"task={task}", f"backbone={backbone}", f"head={head}", *SMALL.get(head, [])]
+    built = build_task(config(*overrides), classes=("a", "b", "c"))
+    before = [parameter.detach().clone() for parameter in built.parameters()]
+    assert math.isfinite(step(built))
+    moved = sum(not torch.equal(old, new) for old, new in zip(before, built.parameters(), strict=True))
+    assert moved > 0.9 * len(before)
+
+
+@pytest.mark.parametrize(("task", "backbone", "head"), [cell for cell in CELLS if cell[1] in FAMILIES])
+def test_a_family_of_backbones_under_a_head(task: str, backbone: str, head: str) -> None:
+    one_step(task, backbone, head)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("task", "backbone", "head"), [cell for cell in CELLS if cell[1] not in FAMILIES])
+def test_a_backbone_under_a_head(task: str, backbone: str, head: str) -> None:
+    one_step(task, backbone, head)
+
+
+def test_every_head_of_conf_has_its_cells() -> None:
+    aliases = set(choices("task"))
+    assert set(choices("head")) - aliases == {head for heads in HEADS.values() for head in heads}
+
+
+def test_the_documented_table_is_that_of_conf() -> None:
+    table = (ROOT / "docs" / "combinations.md").read_text()
+    assert [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")][1:] == choices("backbone")
