@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -92,7 +93,7 @@ def test_output_stride_is_timms_own() -> None:
         ({"name": "resnet18", "output_stride": 3}, "output_stride=3"),
     ],
 )
-def test_mistakes_are_one_sentence(options: dict[str, object], message: str) -> None:
+def test_mistakes_are_one_sentence(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         TimmBackbone(**options)
 
@@ -100,7 +101,7 @@ def test_mistakes_are_one_sentence(options: dict[str, object], message: str) -> 
 def test_without_a_network_the_error_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     create = timm.create_model
 
-    def offline(name: str, *, pretrained: bool = False, **options: object) -> nn.Module:
+    def offline(name: str, *, pretrained: bool = False, **options: object) -> Any:
         if pretrained:
             raise OSError("no network")
         return create(name, **options)

@@ -1,6 +1,7 @@
 """Torchvision's pyramids against torchvision's own networks."""
 
 from pathlib import Path
+from typing import Any
 from urllib.request import urlopen
 
 import pytest
@@ -14,7 +15,6 @@ from visiontasks.contracts import UsageError
 from visiontasks.weights import load_backbone
 
 NODES = {  # what torchvision calls the block outputs that are our levels
-    "vgg16": ["features.9", "features.16", "features.23", "features.30"],
     "vgg11_bn": ["features.7", "features.14", "features.21", "features.28"],
     "resnet18": ["layer1", "layer2", "layer3", "layer4"],
     "mobilenet_v2": ["features.3", "features.6", "features.13", "features.18"],
@@ -34,17 +34,18 @@ def images(side: int = 64) -> Tensor:
     return torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
 
 
-def published(name: str, **options: object) -> nn.Module:
+def published(name: str, **options: Any) -> Any:
     torch.manual_seed(0)
     return torchvision.models.get_model(name, weights=None, **{**OPTIONS.get(name, {}), **options}).eval()
 
 
-def ours(name: str, network: nn.Module, **options: object) -> TorchvisionBackbone:
+def ours(name: str, network: Any, **options: Any) -> TorchvisionBackbone:
     backbone = TorchvisionBackbone(name=name, **options)
     receipt = load_backbone(backbone, network.state_dict(), source=name)
     assert receipt.share == 1
     assert set(receipt.left_over) == set(network.state_dict()) - {key.removeprefix("net.") for key in receipt.arrived}
-    return backbone.eval()
+    backbone.eval()
+    return backbone
 
 
 @pytest.mark.parametrize("name", NODES)
@@ -116,7 +117,7 @@ def test_squeezenet_already_ends_at_16() -> None:
         ({"name": "resnet18", "weights": "imagnet"}, "weights=imagnet is no file"),
     ],
 )
-def test_mistakes_are_one_sentence(options: dict[str, object], message: str) -> None:
+def test_mistakes_are_one_sentence(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message) as error:
         TorchvisionBackbone(**options)
     assert "\n" not in str(error.value)
@@ -146,7 +147,7 @@ def test_imagenet_weights_come_from_the_hub_cache(tmp_path: Path, monkeypatch: p
     backbone = TorchvisionBackbone(name="squeezenet1_1", weights="imagenet")
     assert backbone.receipt is not None
     assert set(backbone.receipt.left_over) == {"classifier.1.weight", "classifier.1.bias"}
-    torch.testing.assert_close(backbone.net.features[0].weight, network.features[0].weight)
+    torch.testing.assert_close(backbone.net.get_parameter("features.0.weight"), network.features[0].weight)
 
 
 def test_a_download_with_the_wrong_hash_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,11 +199,11 @@ def test_real_published_weights_compute_what_torchvision_computes(shared_data: P
     with torch.no_grad():
         expected = network.features(images(224))
         found = backbone(images(224))[-1]
-    inner = 5 if name == "alexnet" else 7  # its last row and column see the padding
+    inner = 4 if name == "alexnet" else 7  # what lies further out sees the padding through its convolutions
     torch.testing.assert_close(found[..., :inner, :inner], expected[..., :inner, :inner], rtol=1e-4, atol=1e-4)
 
 
-def test_training_moves_modules_that_batch_norm_conversion_replaced() -> None:
+def test_batch_norm_conversion_reaches_the_steps_that_run() -> None:
     backbone = TorchvisionBackbone(name="resnet18")
-    backbone = nn.SyncBatchNorm.convert_sync_batchnorm(backbone)
+    backbone = nn.SyncBatchNorm.convert_sync_batchnorm(backbone)  # type: ignore[no-untyped-call]
     assert isinstance(backbone.net.get_submodule(backbone.steps[1]), nn.SyncBatchNorm)

@@ -80,9 +80,7 @@ def _blueprint(name: str) -> Any:
     """Builds the whole network without storage, to ask what it is."""
     if not timm.is_model(name):
         near = get_close_matches(name, timm.list_models(), n=3, cutoff=0.5) or ["resnetv2_50"]
-        raise UsageError(
-            f"backbone.name={name} is no network of timm {timm.__version__}: did you mean {', '.join(near)}?"
-        )
+        raise UsageError(f"backbone.name={name} is no network of timm {timm.__version__}: try {', '.join(near)}.")
     with torch.device("meta"):
         network = timm.create_model(name)
     if not hasattr(network, "forward_intermediates") or not hasattr(network, "prune_intermediate_layers"):
