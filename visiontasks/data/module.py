@@ -80,7 +80,7 @@ class DataModule(LightningDataModule):
         self._bad: dict[str, set[str]] = {split: set() for split in SPLITS}
         self._selected: frozenset[str] | None = None
         self._sources: dict[str, Source] = {}
-        self._caches: dict[str, Source] = {}
+        self._caches: dict[tuple[str, bool], Source] = {}
 
     def source(self, split: str) -> Source:
         """The decoded samples of "train", "val" or "test", with at least the annotations in `keys`."""
@@ -131,15 +131,15 @@ class DataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled, augmented, in whole global batches."""
-        return self._loader("train", self._transform("train"), shuffle=True)
+        return self._loader("train", train=True)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Every validation image exactly once, in order."""
-        return self._loader("val", self._transform("val"), shuffle=False)
+        return self._loader("val", train=False)
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Every image of `test_split` exactly once, in order, through the evaluation transform."""
-        return self._loader(self.test_split, self._transform("test"), shuffle=False)
+        return self._loader(self.test_split, train=False)
 
     def test_name(self, index: int) -> str:
         """What a person calls an image of the test loader."""
@@ -147,7 +147,7 @@ class DataModule(LightningDataModule):
 
     def loader(self, source: Source, *, split: str = "predict") -> DataLoader[Any]:
         """Every sample of any source exactly once, in order, through the evaluation transform: for prediction."""
-        return self._loader_of(source, split, self._transform("test"), shuffle=False, keys=frozenset())
+        return self._loader_of(source, split, train=False, keys=frozenset())
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:  # noqa: ARG002
         """Take the bad files out of a batch and note them.
@@ -172,34 +172,34 @@ class DataModule(LightningDataModule):
                 f"or type data.max_bad_fraction={_rounded_up(len(known) / size)} (now {self.max_bad_fraction})"
             )
 
-    def _transform(self, split: str) -> Transform:
+    def _transform(self, *, train: bool, keys: frozenset[str]) -> Transform:
         from visiontasks.data.augment import crop_and_colour, resize_and_crop
 
-        train: TransformFactory = self.train_transform or crop_and_colour
-        evaluation: TransformFactory = self.eval_transform or resize_and_crop
-        extra: dict[str, Any] = {"boxes": True} if "bboxes" in self.keys else {}
-        return (train if split == "train" else evaluation)(size=self.image_size, mirror=self.mirror, **extra)
+        factories: tuple[TransformFactory, TransformFactory] = (
+            self.train_transform or crop_and_colour,
+            self.eval_transform or resize_and_crop,
+        )
+        extra: dict[str, Any] = {"boxes": True} if "bboxes" in keys else {}
+        return factories[not train](size=self.image_size, mirror=self.mirror, **extra)
 
-    def _loader(self, split: str, transform: Transform, *, shuffle: bool) -> DataLoader[Any]:
+    def _loader(self, split: str, *, train: bool) -> DataLoader[Any]:
         self.setup()
-        return self._loader_of(self._decoded(split), split, transform, shuffle=shuffle, keys=self.keys)
+        return self._loader_of(self._decoded(split, shrink=train), split, train=train, keys=self.keys)
 
-    def _decoded(self, split: str) -> Source:
+    def _decoded(self, split: str, *, shrink: bool) -> Source:
         if self.cache is None:
             return self._sources[split]
-        if split not in self._caches:
-            size = -(-self.image_size * 8 // 7) if split == "train" else None
-            self._caches[split] = Cached(self._sources[split], self.cache, size=size)
-        return self._caches[split]
+        if (split, shrink) not in self._caches:
+            size = -(-self.image_size * 8 // 7) if shrink else None
+            self._caches[split, shrink] = Cached(self._sources[split], self.cache, size=size)
+        return self._caches[split, shrink]
 
-    def _loader_of(
-        self, source: Source, split: str, transform: Transform, *, shuffle: bool, keys: frozenset[str]
-    ) -> DataLoader[Any]:
-        data = Views(source, transform, split=split, keys=keys, seed=self.seed)
+    def _loader_of(self, source: Source, split: str, *, train: bool, keys: frozenset[str]) -> DataLoader[Any]:
+        data = Views(source, self._transform(train=train, keys=keys), split=split, keys=keys, seed=self.seed)
         world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         workers = default_workers() if self.num_workers is None else self.num_workers
         sampler = EpochSampler(
-            data, batch_size=self.batch_size, shuffle=shuffle, seed=self.seed, rank=rank, num_replicas=world
+            data, batch_size=self.batch_size, shuffle=train, seed=self.seed, rank=rank, num_replicas=world
         )
         return DataLoader(
             data,

@@ -1,0 +1,52 @@
+"""Every file of conf/data composes, and names a data module with options that it takes."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+import visiontasks.data as exported
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+NAMES = sorted(path.stem for path in (CONF / "data").glob("[!_]*.yaml"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_option_is_one_that_its_data_module_takes(name: str) -> None:
+    with initialize_config_dir(str(CONF), version_base=None):
+        node = compose("train", [f"data={name}", "data.root=data"] if name == "image_folder" else [f"data={name}"]).data
+    given = OmegaConf.to_container(node, resolve=True)
+    assert isinstance(given, dict)
+    module, _, cls = str(given.pop("_target_")).rpartition(".")
+    assert module == "visiontasks.data"
+    assert cls in exported.__all__
+    bases = getattr(exported, cls).__mro__
+    taken = {option for base in bases if base is not object for option in inspect.signature(base.__init__).parameters}
+    assert given.keys() <= taken
+    assert given["train_transform"]["_partial_"] is given["eval_transform"]["_partial_"] is True
+    assert given["seed"] == 0
+
+
+def test_every_data_module_has_a_file() -> None:
+    from visiontasks.data.module import DataModule, _conf_name
+
+    things = {name: getattr(exported, name) for name in exported.__all__}
+    modules = {name for name, thing in things.items() if isinstance(thing, type) and issubclass(thing, DataModule)}
+    assert {_conf_name(name) for name in modules - {"DataModule"}} <= set(NAMES)
+
+
+def test_importing_the_package_imports_little() -> None:
+    import subprocess
+    import sys
+
+    heavy = "albumentations torch torchvision lightning sklearn"
+    code = f"import sys, visiontasks.data; print([name for name in '{heavy}'.split() if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'ImageNet'"):
+        exported.ImageNet  # noqa: B018
