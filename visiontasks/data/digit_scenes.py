@@ -212,8 +212,9 @@ def _enlarged(image: Pixels) -> Pixels:
     padded = np.pad(image, 1)
     large = cv2.resize(padded, (_TEMPLATE, _TEMPLATE), interpolation=cv2.INTER_CUBIC)
     large = cv2.GaussianBlur(large, (0, 0), _TEMPLATE / 40)
-    ramp = np.clip((large - 0.34) / 0.28, 0, 1)
-    return np.asarray(ramp * ramp * (3 - 2 * ramp), np.float32)
+    ramp = np.clip((large - 0.3) / 0.26, 0, 1)
+    opacity: Pixels = ramp * ramp * (3 - 2 * ramp)
+    return opacity
 
 
 def _background(split: str, size: int, generator: np.random.Generator) -> Pixels:
@@ -227,7 +228,8 @@ def _background(split: str, size: int, generator: np.random.Generator) -> Pixels
     small = cv2.resize(crop, (size, size), interpolation=cv2.INTER_AREA if side > size else cv2.INTER_LINEAR)
     gain, contrast = generator.uniform(0.75, 1.15), generator.uniform(0.6, 0.9)
     mean = small.mean((0, 1), dtype=np.float32)
-    return ((small - mean) * np.float32(contrast * gain) + mean * np.float32(gain)).astype(np.float32)  # (H, W, 3)
+    canvas: Pixels = (small - mean) * np.float32(contrast * gain) + mean * np.float32(gain)
+    return canvas  # (H, W, 3)
 
 
 def _handwritten(split: str, side: float, generator: np.random.Generator) -> tuple[Pixels, int]:

@@ -54,9 +54,9 @@ def read_image(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
     """Decode an image file, turned upright by its EXIF orientation.
 
     Shapes: returns (H, W, 3) uint8 RGB. 16-bit samples keep their high byte, grey is repeated, CMYK is converted
-    without a colour profile, and what is transparent is composited over white, as a viewer shows it. Raises BadFile,
-    with the reason: unreadable, no image, damaged, truncated, more than MAX_PIXELS, floating point or 32-bit samples,
-    or several frames. Damage inside a JPEG's compressed data that leaves it well-formed cannot be seen.
+    without a colour profile, and what is transparent is composited over white, as a viewer shows it.
+    Raises BadFile, with the reason: unreadable, no image, damaged, truncated, more than MAX_PIXELS, floating point or
+    32-bit samples, or several frames. Damage inside a JPEG's compressed data that leaves it well-formed is not seen.
     """
     data = _read(path)
     picture = _open(path, data)
