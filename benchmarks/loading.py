@@ -25,47 +25,35 @@ import numpy as np
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from torch.utils.data import default_collate
 from torchvision.transforms import v2
 
 from visiontasks.contracts import Sample
 from visiontasks.data.augment import crop_and_colour
-from visiontasks.data.images import read_image
-from visiontasks.data.randomness import draw
+from visiontasks.data.image_folder import ImageFiles
+from visiontasks.data.module import Views, collate
 from visiontasks.data.source import Cached, Source
 
 SIZE = 224
 SCALE = (0.5, 1.0)
-JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
-STILL = dict.fromkeys(JITTER, 0.0)
+JITTER: dict[str, Any] = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
+STILL: dict[str, Any] = dict.fromkeys(JITTER, 0.0)
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
-Pipeline = Callable[[int], torch.Tensor]  # an epoch's number to its images, collated
-
-
-class Files:
-    """JPEG files as a source."""
-
-    def __init__(self, paths: list[Path]) -> None:
-        self.paths = paths
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Sample:
-        return {"image": read_image(self.paths[index])}
-
-    def name(self, index: int) -> str:
-        return str(self.paths[index])
+Pipeline = Callable[[int], object]  # an epoch's number to its images, collated
 
 
 def ours(source: Source, epoch: int, *, transform: Any) -> torch.Tensor:
-    images = [draw(transform, source[i], seed=0, epoch=epoch, index=i)["image"] for i in range(len(source))]
-    return torch.stack([torch.from_numpy(image) for image in images]).permute(0, 3, 1, 2)  # (B, 3, H, W)
+    views = Views(source, transform, split="train", keys=frozenset())
+    images = collate([views[epoch, index] for index in range(len(views))])["image"]
+    assert isinstance(images, torch.Tensor)  # (B, 3, H, W) uint8
+    return images
 
 
 def torchvisions(paths: list[Path], epoch: int, *, transform: Callable[[Any], torch.Tensor]) -> torch.Tensor:
     torch.manual_seed(epoch)
-    return torch.stack([transform(Image.open(path).convert("RGB")) for path in paths])
+    images: torch.Tensor = default_collate([transform(Image.open(path).convert("RGB")) for path in paths])
+    return images
 
 
 def peer(*, jitter: bool, tensors: bool = False, normalised: bool = False) -> v2.Compose:
@@ -82,15 +70,15 @@ def peer(*, jitter: bool, tensors: bool = False, normalised: bool = False) -> v2
 
 
 def pipelines(paths: list[Path]) -> dict[str, Pipeline]:
-    files = Files(paths)
-    cached, shrunk = Cached(files, "ram"), Cached(files, "ram", size=SIZE)
+    files = ImageFiles(paths)
+    whole, cached = Cached(files, "ram"), Cached(files, "ram", size=SIZE * 8 // 7)  # as the data module does
     table: dict[str, Pipeline] = {}
     for jitter in (True, False):
         words = "jitter" if jitter else "no jitter"
         mine = crop_and_colour(size=SIZE, mirror=True, scale=SCALE, **(JITTER if jitter else STILL))
         table[f"ours, {words}"] = partial(ours, files, transform=mine)
-        table[f"ours, {words}, cache=ram at full size"] = partial(ours, cached, transform=mine)
-        table[f"ours, {words}, cache=ram"] = partial(ours, shrunk, transform=mine)
+        table[f"ours, {words}, cache=ram at full size"] = partial(ours, whole, transform=mine)
+        table[f"ours, {words}, cache=ram"] = partial(ours, cached, transform=mine)
         for name, options in (("PIL", {}), ("tensors", {"tensors": True}), ("PIL, normalised", {"normalised": True})):
             transform = peer(jitter=jitter, **options)
             table[f"torchvision v2, {words}, {name}"] = partial(torchvisions, paths, transform=transform)
@@ -116,9 +104,9 @@ def ratio(above: list[float], below: list[float]) -> float:
 
 def collating(rounds: int) -> float:
     """How many times as long a batch of 64 takes to collate as normalised floats as it does in uint8."""
-    images = [torch.randint(0, 256, (3, SIZE, SIZE), dtype=torch.uint8) for _ in range(64)]
-    floats = [image / 255 for image in images]
-    table: dict[str, Pipeline] = {"uint8": lambda _: torch.stack(images), "float": lambda _: torch.stack(floats)}
+    images = [Sample(image=np.full((SIZE, SIZE, 3), number, np.uint8)) for number in range(64)]
+    floats = [torch.full((3, SIZE, SIZE), number / 64) for number in range(64)]
+    table: dict[str, Pipeline] = {"uint8": lambda _: collate([*images]), "float": lambda _: default_collate(floats)}
     measured = rates(table, count=64, rounds=rounds)
     return ratio(measured["uint8"], measured["float"])
 

@@ -46,7 +46,7 @@ def crop_and_colour(
         *_turned(rotation=rotation, shear=shear, boxes=boxes),
         *_coloured(colour, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue),
     ]
-    return _compose(steps, boxes=boxes)
+    return compose(steps, boxes=boxes)
 
 
 def resize_and_crop(*, size: Size, mirror: bool = False, boxes: bool = False, fraction: float = 1.0) -> A.Compose:  # noqa: ARG001
@@ -55,7 +55,7 @@ def resize_and_crop(*, size: Size, mirror: bool = False, boxes: bool = False, fr
     `fraction` is the window's share of that side: 0.875 is the "256, then 224" of the ImageNet recipes. An image that
     already has the size comes back unchanged. `mirror` is taken, and not used, so that all factories are called alike.
     """
-    return _compose([CentreWindow(size=_pair(size), fraction=fraction)], boxes=boxes)
+    return compose([CentreWindow(size=_pair(size), fraction=fraction)], boxes=boxes)
 
 
 def pad_and_crop(*, size: Size, mirror: bool, boxes: bool = False, pad: int = 4, fill: int = 0) -> A.Compose:
@@ -70,7 +70,7 @@ def pad_and_crop(*, size: Size, mirror: bool, boxes: bool = False, pad: int = 4,
         A.RandomCrop(height=height, width=width),
         *_mirrored(mirror),
     ]
-    return _compose(steps, boxes=boxes)
+    return compose(steps, boxes=boxes)
 
 
 def light_geometry(
@@ -101,7 +101,7 @@ def light_geometry(
         p=1.0,
     )
     exposure = ColourMatrix(brightness=brightness, contrast=contrast, saturation=0.0, hue=0.0)
-    return _compose([CentreWindow(size=_pair(size)), affine, exposure], boxes=boxes)
+    return compose([CentreWindow(size=_pair(size)), affine, exposure], boxes=boxes)
 
 
 def rand_augment(
@@ -124,7 +124,7 @@ def rand_augment(
         raise UsageError(f"strength={strength} is not between 0 and 1: type augment.train.strength=0.5")
     crop = RandomWindow(size=_pair(size), scale=tuple(scale))
     adjustments = _tones(strength) + _colours(0.9 * strength) + _moves(strength, fill_mask=_mask_fill(boxes))
-    return _compose([crop, *_mirrored(mirror), A.RandomOrder(adjustments, n=operations, replace=True)], boxes=boxes)
+    return compose([crop, *_mirrored(mirror), A.RandomOrder(adjustments, n=operations, replace=True)], boxes=boxes)
 
 
 def _tones(strength: float) -> list[A.BasicTransform]:
@@ -173,7 +173,8 @@ class Sharpness(A.ImageOnlyTransform):  # type: ignore[misc]
         return cv2.filter2D(img, -1, kernel)  # type: ignore[no-any-return]
 
 
-def _compose(steps: list[Any], *, boxes: bool) -> A.Compose:
+def compose(steps: list[Any], *, boxes: bool) -> A.Compose:
+    """Chain the steps; with `boxes` for samples that have `bboxes` in pixels and `labels`, and maybe instance masks."""
     if not boxes:
         return A.Compose(steps)
     return ObjectCompose(steps, bbox_params=A.BboxParams(format="pascal_voc", label_fields=["rows"]))

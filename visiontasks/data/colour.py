@@ -1,5 +1,6 @@
 """Colour jitter as one matrix: brightness, contrast, saturation and hue in a single pass over the pixels."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -59,6 +60,9 @@ def composed(order: Sequence[str], factors: Mapping[str, float], *, mean: NDArra
     return total
 
 
+_STEPS = {"brightness": brightness, "saturation": saturation, "hue": hue}
+
+
 class ColourMatrix(A.ImageOnlyTransform):  # type: ignore[misc]
     """Jitter brightness, contrast, saturation and hue, in random order, by one matrix and one rounding.
 
@@ -72,16 +76,18 @@ class ColourMatrix(A.ImageOnlyTransform):  # type: ignore[misc]
     ) -> None:
         super().__init__(p=p)
         self.brightness, self.contrast, self.saturation, self.hue = brightness, contrast, saturation, hue
+        used = [name for name in (*_STEPS, "contrast") if getattr(self, name) > 0]
+        self.orders = list(itertools.permutations(used))
 
     def get_params(self) -> dict[str, Any]:
         """Draw one factor for each adjustment and their order."""
         factors = {name: self._factor(name) for name in ("brightness", "contrast", "saturation")}
         factors["hue"] = self.py_random.uniform(-self.hue, self.hue)
-        order = [name for name in factors if getattr(self, name) > 0]
-        self.py_random.shuffle(order)
-        return {"order": order, "factors": factors}
+        return {"order": self.py_random.choice(self.orders), "factors": factors}
 
-    def apply(self, img: NDArray[np.uint8], order: list[str], factors: dict[str, float], **_: Any) -> NDArray[np.uint8]:
+    def apply(
+        self, img: NDArray[np.uint8], order: Sequence[str], factors: dict[str, float], **_: Any
+    ) -> NDArray[np.uint8]:
         """Return a new (H, W, 3) image."""
         matrix = composed(order, factors, mean=mean_colour(img))
         return cv2.transform(img, matrix[:3])  # type: ignore[no-any-return]
@@ -101,4 +107,4 @@ def mean_colour(image: NDArray[np.uint8]) -> NDArray[np.float64]:
 def _step(name: str, factor: float, mean: NDArray[np.float64]) -> Matrix:
     if name == "contrast":
         return contrast(factor, grey=float(LUMA @ mean))
-    return {"brightness": brightness, "saturation": saturation, "hue": hue}[name](factor)
+    return _STEPS[name](factor)
