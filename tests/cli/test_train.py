@@ -34,7 +34,7 @@ def test_summary_holds_the_figures_by_name(finished_run: Path) -> None:
     assert summary["parameters"] > 250_000
     assert summary["images_per_second"] > 0
     assert summary["bad_files"] == {}
-    assert summary["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(summary["versions"]["torch"])
 
 
 def test_metrics_file_has_training_and_validation(finished_run: Path) -> None:
@@ -105,8 +105,8 @@ OPTIONS = {
     "clipping and accumulation": ["trainer.gradient_clip_val=1.0", "trainer.accumulate_grad_batches=2"],
     "float32": ["trainer.precision=32", "channels_last=false"],
     "float16": ["trainer.precision=bf16-mixed", "channels_last=true"],
-    "learning-rate finder": ["callbacks.learning_rate_finder.enabled=true", "callbacks.learning_rate_finder.steps=5"],
-    "batch-size finder": ["callbacks.batch_size_finder.enabled=true", "callbacks.batch_size_finder.steps=1"],
+    "learning-rate finder": ["find_lr=true", "trainer.max_epochs=6"],
+    "batch-size finder": ["find_batch_size=true"],
     "step checkpoints": ["callbacks.checkpoint.every_n_train_steps=2"],
     "many labels": ["data=digit_scenes", "data.multi_label=true", "task.multi_label=true"],
     "grey": ["backbone.in_channels=1"],
@@ -127,7 +127,9 @@ def test_options_train(option: str, call: Callable[..., None], tmp_path: Path) -
 
 def test_help_lists_every_choice_without_torch() -> None:
     start = time.perf_counter()
-    script = "import sys; sys.argv=['train.py','--help']; import runpy; runpy.run_path('train.py', run_name='__main__');"
+    script = (
+        "import sys; sys.argv=['train.py','--help']; import runpy; runpy.run_path('train.py', run_name='__main__');"
+    )
     command = [sys.executable, "-c", script + "assert 'torch' not in sys.modules"]
     shown = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     assert time.perf_counter() - start < 30
@@ -180,7 +182,7 @@ def test_predict_writes_lines_and_pictures(finished_run: Path, call: Callable[..
     for index in range(3):
         Image.new("RGB", (50 + index, 40), (index * 80, 0, 0)).save(photos / f"{index}.png")
     (photos / "broken.jpg").write_bytes(b"no picture")
-    call("predict", f"run={finished_run}", f"input={photos}", f"output={tmp_path / 'out'}", "trainer=cpu")
+    call("predict", f"run={finished_run}", f"input={photos}", f"output={tmp_path / 'out'}", "accelerator=cpu")
     lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
     assert [Path(line["file"]).name for line in lines] == ["0.png", "1.png", "2.png", "broken.jpg"]
     assert all(line["class"] in "0123456789" and 0 < line["score"] <= 1 for line in lines[:3])

@@ -2,7 +2,7 @@
 
 from visiontasks.callbacks.checkpoints import best_checkpoint, last_checkpoint
 from visiontasks.callbacks.metrics_file import MetricsFile
-from visiontasks.callbacks.optional import batch_size_finder, early_stopping, ema, learning_rate_finder, swa
+from visiontasks.callbacks.optional import early_stopping, ema, progress_bar, swa
 from visiontasks.callbacks.pictures import ConfusionMatrix, ContactSheets, LearningCurves
 from visiontasks.callbacks.report import Report
 
@@ -12,11 +12,10 @@ __all__ = [
     "LearningCurves",
     "MetricsFile",
     "Report",
-    "batch_size_finder",
     "best_checkpoint",
     "early_stopping",
     "ema",
     "last_checkpoint",
-    "learning_rate_finder",
+    "progress_bar",
     "swa",
 ]

@@ -1,6 +1,7 @@
 """What all entry points share: help without heavy imports, the user's own conf/ folder, mistakes as one sentence."""
 
 import difflib
+import functools
 import os
 import re
 import shlex
@@ -39,7 +40,24 @@ def run(
         if before is not None:
             before(arguments)
         sys.argv[1:] = with_user_conf([quoted(argument) for argument in arguments])
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name=config)(job)()
+        failures: list[Exception] = []
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=config)(_kept_quiet(job, failures))()
+        if failures:
+            raise failures[0]
+
+
+def _kept_quiet(job: Callable[..., object], failures: list[Exception]) -> Callable[..., object]:
+    """The job, with its exception put aside: Hydra would print a line of its own before passing it on."""
+
+    @functools.wraps(job)
+    def quiet(composed: object) -> object:
+        try:
+            return job(composed)
+        except Exception as error:
+            failures.append(error)
+            return None
+
+    return quiet
 
 
 def conf_folders() -> list[Path]:
@@ -167,7 +185,7 @@ def _nearest(name: str, options: list[str], *, prefix: str) -> str:
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
     meant = f"did you mean {prefix}{close[0]}? " if close else ""
     listed = ", ".join(options)
-    return f"{meant}The choices are {listed}"
+    return f"{meant}{'The' if meant else 'the'} choices are {listed}"
 
 
 def command(script: str, overrides: list[str]) -> str:

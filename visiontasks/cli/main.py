@@ -15,3 +15,7 @@ def main() -> None:
     module = importlib.import_module(f"visiontasks.cli.{name}")
     sys.argv = [str(module.__file__), *sys.argv[2:]]  # a script that further processes can be started with
     module.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -38,7 +38,7 @@ def predict(composed: "DictConfig") -> None:
     from visiontasks.cli.build import build_data, load_task, plain, read_checkpoint, resolved_precision
     from visiontasks.cli.evaluate import output_folder
     from visiontasks.cli.train import quieten
-    from visiontasks.data.image_folder import ImageFiles
+    from visiontasks.data.image_folder import ImageFiles, find_images
 
     config, folder = plain(composed), output_folder()
     quieten()
@@ -46,8 +46,8 @@ def predict(composed: "DictConfig") -> None:
     task = load_task(checkpoint)
     data = build_data(read_checkpoint(checkpoint)["config"])
     data.batch_size, data.num_workers = config["batch_size"], config["num_workers"]
-    files = ImageFiles.found(config["input"])
-    fabric = Fabric(config["accelerator"], devices=1, precision=resolved_precision(config["precision"]))
+    files = ImageFiles(find_images(config["input"]))
+    fabric = Fabric(accelerator=config["accelerator"], devices=1, precision=resolved_precision(config["precision"]))
     task.to(fabric.device)
     folder.mkdir(parents=True, exist_ok=True)
     tiles: list[Tile] = []
@@ -64,9 +64,7 @@ def predict(composed: "DictConfig") -> None:
     print(f"{len(files)} files, {len(files) - len(data.bad_files)} predicted: {folder}")
 
 
-def predicted(
-    task: "Task", loader: "DataLoader[Any]"
-) -> Iterator[tuple[int, "Tensor | None", "Prediction"]]:
+def predicted(task: "Task", loader: "DataLoader[Any]") -> Iterator[tuple[int, "Tensor | None", "Prediction"]]:
     """Each file's position, its image, uint8 (3, H, W), and prediction; without an image, the error instead."""
     import torch
 

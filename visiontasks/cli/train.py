@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from visiontasks.cli.build import Config
+    from visiontasks.data.module import DataModule
     from visiontasks.tasks.base import Task
 
 USAGE = """
@@ -69,6 +70,7 @@ def train(composed: "DictConfig") -> float:
     trainer = build_trainer(config, folder=folder)
     if trainer.is_global_zero:
         begin_folder(folder, composed, list(hydra.overrides.task))
+    tune(trainer, task, data, config)
     trainer.fit(task, datamodule=data, ckpt_path=checkpoint)
     return finish(trainer, task, test=config["test"])
 
@@ -101,6 +103,22 @@ def begin_folder(folder: Path, composed: "DictConfig", overrides: list[str]) -> 
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(composed, folder / "config.yaml")
     (folder / "command.txt").write_text(command("train.py", overrides) + "\n")
+
+
+def tune(trainer: "Trainer", task: "Task", data: "DataModule", config: "Config") -> None:
+    """Finds the batch size, then the learning rate, where asked, and says what it found."""
+    from lightning.pytorch.tuner import Tuner
+
+    if config["find_batch_size"]:
+        Tuner(trainer).scale_batch_size(task, datamodule=data, init_val=8, steps_per_trial=3)
+        print(f"found      data.batch_size={data.batch_size}")
+    if config["find_lr"]:
+        Tuner(trainer).lr_find(task, datamodule=data, attr_name="lr")
+        if task.lr is None:
+            raise UsageError(
+                "find_lr=true found no falling loss: give it more steps (trainer.max_epochs=) or find_lr=false."
+            )
+        print(f"found      optimizer.lr={task.lr:.2e}")
 
 
 def finish(trainer: "Trainer", task: "Task", *, test: bool) -> float:

@@ -6,10 +6,12 @@ from typing import Any, ClassVar
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from matplotlib.axes import Axes
 from torch import Tensor
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
 from visiontasks.contracts import Backbone, Batch, UsageError
 from visiontasks.layers.distributed import sum_over_processes
@@ -78,6 +80,21 @@ class Task(LightningModule):
         schedule: Any = self.scheduler(optimizer, total_steps=int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clips as Lightning does, and also under fused optimisers, which only float16's loss scaling forbids."""
+        plugin: Any = self.trainer.precision_plugin
+        if type(plugin) is not MixedPrecision or not gradient_clip_val:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif plugin.scaler is None:
+            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+            Precision.clip_gradients(plugin, optimizer, gradient_clip_val, algorithm)
+        elif optimizer.defaults.get("fused"):
+            raise UsageError("A fused optimiser cannot clip gradients in 16-mixed: type optimizer.fused=false.")
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
     def watch(self, name: str, total: Tensor, count: Tensor) -> None:
         """Adds to the running mean of a training figure, which is logged every trainer.log_every_n_steps batches."""
         pair = torch.stack((total.detach().float(), count.detach().float()))  # (2,)
@@ -106,7 +123,7 @@ class Task(LightningModule):
         self._running.clear()
         self._unflushed = 0
 
-    def _optimizers(self) -> list[torch.optim.Optimizer]:
+    def _optimizers(self) -> list[Optimizer]:
         return self.trainer.optimizers
 
     def log_evaluation(self, stage: str, values: dict[str, Tensor]) -> None:
