@@ -156,7 +156,7 @@ def test_boxes_and_masks_follow_the_image_and_leave_together(name: str) -> None:
 def test_labels_stay_with_their_boxes() -> None:
     sample = _draw(augment.resize_and_crop(size=100, boxes=True, fraction=0.5), _objects(), 0)
     assert sample["labels"].tolist() == [4]  # the one square in the middle half
-    assert (sample["labels"].dtype, sample["bboxes"].dtype) == (np.int64, np.float32)
+    assert (sample["labels"].dtype, sample["bboxes"].dtype) == (np.dtype(np.int64), np.dtype(np.float32))
     np.testing.assert_allclose(sample["bboxes"], [[30, 30, 62, 70]], atol=1e-3)
 
 
@@ -170,7 +170,7 @@ def test_an_image_without_objects_passes() -> None:
     sample = _draw(augment.crop_and_colour(size=32, mirror=True, boxes=True), empty, 0)
     assert sample["bboxes"].shape == (0, 4)
     assert sample["masks"].shape[0] == 0
-    assert (sample["labels"].shape, sample["labels"].dtype) == ((0,), np.int64)
+    assert (sample["labels"].shape, sample["labels"].dtype) == ((0,), np.dtype(np.int64))
 
 
 def test_an_image_that_has_the_size_is_evaluated_untouched() -> None:
@@ -210,7 +210,7 @@ def _window(sample: Sample) -> tuple[float, float]:
 def test_windows_keep_to_their_share_of_the_area_and_go_everywhere() -> None:
     y, x = np.mgrid[:200, :200].astype(np.uint8)
     coordinates: Sample = {"image": np.stack([x, y, x], axis=2)}
-    still = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
+    still: dict[str, Any] = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
     transform = augment.crop_and_colour(size=64, mirror=False, scale=(0.25, 0.5), **still)
     drawn = [_draw(transform, coordinates, index) for index in range(150)]
     areas = np.array([np.prod(_window(sample)) for sample in drawn])
@@ -243,6 +243,11 @@ def test_more_strength_changes_more() -> None:
 def test_a_strength_out_of_range_is_named() -> None:
     with pytest.raises(UsageError, match=r"strength=9.*0 and 1"):
         augment.rand_augment(size=32, mirror=True, strength=9)
+
+
+def test_a_mistyped_colour_is_named() -> None:
+    with pytest.raises(UsageError, match="colour=matrx"):
+        augment.crop_and_colour(size=32, mirror=True, colour="matrx")  # type: ignore[arg-type]
 
 
 def test_a_mistyped_option_is_refused() -> None:

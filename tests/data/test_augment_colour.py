@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from scipy.spatial.transform import Rotation
+from scipy.spatial.transform import Rotation  # type: ignore[import-untyped]
 from torchvision.transforms.v2 import functional as F
 
 from visiontasks.data import colour
@@ -21,7 +21,8 @@ FACTORS = {"brightness": 1.13, "contrast": 0.7, "saturation": 1.3, "hue": 0.06}
 
 def _turned(image: Floats, turn: float) -> Floats:
     axis = np.full(3, 2 * np.pi * turn / np.sqrt(3))
-    return Rotation.from_rotvec(axis).apply(image.reshape(-1, 3)).reshape(image.shape)
+    turned: Floats = Rotation.from_rotvec(axis).apply(image.reshape(-1, 3)).reshape(image.shape)
+    return turned
 
 
 def _adjusted(image: Floats, name: str) -> Floats:
@@ -30,7 +31,8 @@ def _adjusted(image: Floats, name: str) -> Floats:
         return _turned(image, FACTORS["hue"])
     adjust = {"brightness": F.adjust_brightness, "contrast": F.adjust_contrast, "saturation": F.adjust_saturation}[name]
     pixels = torch.from_numpy(image / 255).permute(2, 0, 1)
-    return adjust(pixels, FACTORS[name]).permute(1, 2, 0).numpy() * 255
+    adjusted: Floats = adjust(pixels, FACTORS[name]).permute(1, 2, 0).numpy() * 255
+    return adjusted
 
 
 def _applied(matrix: colour.Matrix, image: NDArray[np.uint8]) -> Floats:

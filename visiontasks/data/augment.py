@@ -38,7 +38,8 @@ def crop_and_colour(
 
     `scale` is the window's share of the image's area, `ratio` its width over its height (Szegedy et al. 2014,
     arXiv 1409.4842, section 6). `rotation` and `shear` are the largest angles in degrees, 0 for none.
-    `colour="sequential"` jitters step by step as torchvision does, at half the speed; see `ColourMatrix`.
+    `colour="sequential"` jitters step by step as torchvision does, in five times the time; see `ColourMatrix`.
+    Raises UsageError where `colour` is another word.
     """
     steps = [
         RandomWindow(size=_pair(size), scale=tuple(scale), ratio=tuple(ratio)),
@@ -245,9 +246,10 @@ def _turned(*, rotation: float, shear: float, boxes: bool) -> list[A.Affine]:
 
 
 def _coloured(colour: Colour, **strengths: float) -> list[A.ImageOnlyTransform]:
-    if not any(strengths.values()):
-        return []
-    return [ColourMatrix(**strengths) if colour == "matrix" else A.ColorJitter(**strengths, p=1.0)]
+    jitters = {"matrix": ColourMatrix, "sequential": A.ColorJitter}
+    if colour not in jitters:
+        raise UsageError(f"colour={colour} is neither matrix nor sequential: type augment.train.colour=matrix")
+    return [jitters[colour](**strengths, p=1.0)] if any(strengths.values()) else []
 
 
 def _mask_fill(boxes: bool) -> int:
