@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 import visiontasks.data as exported
@@ -27,6 +28,16 @@ def test_every_option_is_one_that_its_data_module_takes(name: str) -> None:
     assert given.keys() <= taken
     assert given["train_transform"]["_partial_"] is given["eval_transform"]["_partial_"] is True
     assert given["seed"] == 0
+
+
+@pytest.mark.parametrize("augment", sorted(path.stem for path in (CONF / "augment").glob("[!_]*.yaml")))
+def test_every_augmentation_takes_the_read_only_images_of_the_cache(augment: str) -> None:
+    with initialize_config_dir(str(CONF), version_base=None):
+        config = compose("train", [f"augment={augment}", "data.train_size=24", "data.batch_size=24", "data.cache=ram"])
+    data = instantiate(config.data)
+    data.select(frozenset({"label"}))
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        assert next(iter(loader))["image"].shape == (24, 3, 64, 64)
 
 
 def test_every_data_module_has_a_file() -> None:

@@ -276,3 +276,7 @@ def test_damaged_files_of_others(shared_data: Path) -> None:
         if path.name not in unseen | transparent:
             expected = np.asarray(Image.open(path).convert("RGB")).astype(int)
             np.testing.assert_allclose(found.astype(int), expected, atol=2)
+
+
+def test_opencv_starts_no_threads_that_forked_workers_would_wait_for() -> None:
+    assert cv2.getNumThreads() == 1

@@ -65,9 +65,12 @@ def test_cached_samples_are_the_same(kind: Any, tmp_path: Path) -> None:
         cached[2]
 
 
-def test_cached_samples_may_be_written_to() -> None:
-    cached = Cached(Made(), "ram")
-    cached[0]["image"][:] = 7
+@pytest.mark.parametrize("kind", ["ram", "disk"])
+def test_a_cached_sample_cannot_be_spoilt(kind: Any, tmp_path: Path) -> None:
+    cached = Cached(Made(), kind, folder=tmp_path)
+    cached[0]["mask"][:] = 7
+    with pytest.raises(ValueError, match="read-only"):
+        cached[0]["image"][:] = 7
     assert_same(cached[0], Made()[0])
 
 

@@ -30,6 +30,7 @@ _DAMAGE = (  # what Pillow's readers raise on damaged files
     ValueError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
 
+cv2.setNumThreads(0)  # a forked worker that meets a thread pool of its parent waits for ever
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # a bad file is reported once, by its name
 
 

@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, cast
 
-import cv2
 import numpy as np
 import torch
 from lightning import LightningDataModule
@@ -290,7 +289,6 @@ def collate(items: list[Sample | BadEntry]) -> Batch:
 
 def single_threaded(_: int) -> None:
     """Keep a worker process to one thread: the cores are shared out among processes already."""
-    cv2.setNumThreads(0)
     torch.set_num_threads(1)
 
 

@@ -81,7 +81,8 @@ class Cached:
 
     "ram" is one array, which forked workers share without copying. "disk" is a memory-mapped folder under `folder`,
     named by what is in the source (names, file sizes and times, and a few samples), written beside and renamed, so
-    that it is whole or not there. A bad file stays bad: asking for it raises its BadFile again.
+    that it is whole or not there. A bad file stays bad: asking for it raises its BadFile again. Images come as
+    read-only views, everything else as copies.
 
     With `size`, images of a sample without boxes or masks are stored with a short side of `size` pixels where theirs
     is longer: the training crop is then cut from a smaller image, which costs some sharpness in narrow crops and
@@ -193,18 +194,19 @@ class _Store:
     def __init__(
         self, data: NDArray[np.uint8], fields: dict[str, NDArray[Any]], bad: dict[int, tuple[str, str]]
     ) -> None:
-        self.data = data
+        self.data = data.view()
+        self.data.flags.writeable = False
         self.bad = bad
         self.fields = {key: _field(fields, key) for key in dict.fromkeys(name.split("/")[0] for name in fields)}
 
     def sample(self, index: int) -> Sample:
         entries = {key: self._entry(field, index) for key, field in self.fields.items() if field.starts[index] >= 0}
+        entries.update({key: entry.copy() for key, entry in entries.items() if key != "image"})
         return cast(Sample, {key: int(entry) if entry.ndim == 0 else entry for key, entry in entries.items()})
 
     def _entry(self, field: _Field, index: int) -> NDArray[Any]:
-        start, shape = int(field.starts[index]), tuple(int(side) for side in field.shapes[index])
-        nbytes = int(np.prod(shape)) * field.dtype.itemsize
-        return np.array(self.data[start : start + nbytes]).view(field.dtype).reshape(shape)
+        start, shape = int(field.starts[index]), tuple(field.shapes[index].tolist())
+        return np.ndarray(shape, field.dtype, self.data, start)
 
 
 class _Index:
