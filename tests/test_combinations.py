@@ -50,7 +50,7 @@ def one_step(task: str, backbone: str, head: str) -> None:
     before = [parameter.detach().clone() for parameter in built.parameters()]
     assert math.isfinite(step(built))
     moved = sum(not torch.equal(old, new) for old, new in zip(before, built.parameters(), strict=True))
-    assert moved > 0.9 * len(before)
+    assert moved > 0.7 * len(before)  # stochastic depth leaves some blocks out
 
 
 @pytest.mark.parametrize(("task", "backbone", "head"), [cell for cell in CELLS if cell[1] in FAMILIES])

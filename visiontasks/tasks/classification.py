@@ -61,7 +61,7 @@ class Classification(Task):
         self.label_smoothing = label_smoothing
         self.mix = _mix(mixup, cutmix, len(classes))
         self.metrics = MultiLabelMetrics(len(classes)) if multi_label else ClassMetrics(len(classes))
-        weights = None if class_weights is None else torch.tensor(class_weights)
+        weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
         self.class_weights: Tensor | None
         self.register_buffer("class_weights", weights, persistent=False)
 
