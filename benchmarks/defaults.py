@@ -68,7 +68,10 @@ class Stock(LightningModule):
     def __init__(self, name: str, steps: int) -> None:
         super().__init__()
         self.net = models.get_model(name, num_classes=10)
-        self.train_accuracy, self.accuracy = MulticlassAccuracy(10, average="micro"), MulticlassAccuracy(10, average="micro")
+        self.train_accuracy, self.accuracy = (
+            MulticlassAccuracy(10, average="micro"),
+            MulticlassAccuracy(10, average="micro"),
+        )
         self.steps = steps
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:

@@ -11,7 +11,17 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = ("torch", "torchvision", "albumentations", "timm", "torchmetrics", "lightning", "matplotlib", "sklearn", "hydra")
+HEAVY = (
+    "torch",
+    "torchvision",
+    "albumentations",
+    "timm",
+    "torchmetrics",
+    "lightning",
+    "matplotlib",
+    "sklearn",
+    "hydra",
+)
 SHORT = ("trainer.max_steps=2", "trainer.max_epochs=1", "trainer.limit_val_batches=1", "test=false")
 
 

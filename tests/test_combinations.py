@@ -16,9 +16,7 @@ from visiontasks.tasks.base import Task
 
 ROOT = Path(__file__).parents[1]
 HEADS = {"classification": ("linear", "mlp", "vgg")}
-CELLS = [
-    (task, backbone, head) for task, heads in HEADS.items() for backbone in choices("backbone") for head in heads
-]
+CELLS = [(task, backbone, head) for task, heads in HEADS.items() for backbone in choices("backbone") for head in heads]
 FAMILIES = ("vgg11_bn", "resnet18", "resnet20", "mobilenet_v2", "densenet121", "shufflenet_v2", "convnext_tiny", "timm")
 SMALL = {"vgg": ["head.hidden=64", "head.grid=2"]}
 
@@ -71,4 +69,5 @@ def test_every_head_of_conf_has_its_cells() -> None:
 
 def test_the_documented_table_is_that_of_conf() -> None:
     table = (ROOT / "docs" / "combinations.md").read_text()
-    assert [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")][1:] == choices("backbone")
+    rows = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")]
+    assert rows[1:] == choices("backbone")

@@ -76,7 +76,7 @@ def test_debug_shows_where(call: Callable[..., None], tmp_path: Path) -> None:
 
 
 def test_a_task_that_needs_what_the_data_lacks(tmp_path: Path) -> None:
-    from visiontasks.data import DigitScenes, MNIST
+    from visiontasks.data import MNIST, DigitScenes
     from visiontasks.errors import UsageError
 
     with pytest.raises(UsageError, match="mask") as refused:

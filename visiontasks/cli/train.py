@@ -107,7 +107,7 @@ def begin_folder(folder: Path, composed: "DictConfig", overrides: list[str]) -> 
 
 def tune(trainer: "Trainer", task: "Task", data: "DataModule", config: "Config") -> None:
     """Finds the batch size, then the learning rate, where asked, and says what it found."""
-    from lightning.pytorch.tuner import Tuner
+    from lightning.pytorch.tuner.tuning import Tuner
 
     if config["find_batch_size"]:
         Tuner(trainer).scale_batch_size(task, datamodule=data, init_val=8, steps_per_trial=3)

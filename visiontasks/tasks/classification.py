@@ -139,7 +139,7 @@ class Classification(Task):
         """The probability given to what is not true: of the wrong class chosen, or of the most wrong label."""
         probabilities, labels = self.probabilities(raw), batch["label"]  # (B, K), (B,) or (B, K)
         if self.multi_label:
-            wrong = (probabilities - labels).abs().amax(dim=1)  # (B,)
+            wrong: Tensor = (probabilities - labels).abs().amax(dim=1)  # (B,)
             return wrong.where(wrong > 0.5, 0)
         score, chosen = probabilities.max(dim=1)
         return score.where(chosen != labels, 0)  # (B,)
