@@ -189,3 +189,33 @@ def test_predict_writes_lines_and_pictures(finished_run: Path, call: Callable[..
     assert "error" in lines[3]
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"predictions.png"}
     assert len(list((tmp_path / "out" / "pictures").glob("*.png"))) == 3
+
+
+def test_bad_files_are_named_and_allowed_up_to_a_share(
+    call: Callable[..., None], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for split, count in (("train", 12), ("val", 4), ("test", 4)):
+        for index in range(count):
+            file = tmp_path / "photos" / split / "ab"[index % 2] / f"{index}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 32), (index * 20, 255 - index * 20, 0)).save(file)
+    (tmp_path / "photos" / "train" / "b" / "3.png").write_bytes(b"<html>not found</html>")
+    data = ["data=image_folder", f"data.root={tmp_path / 'photos'}", "data.image_size=32", "data.batch_size=4"]
+    options = [*data, "backbone=resnet20", "trainer=cpu", "trainer.max_epochs=1", "trainer.enable_progress_bar=false"]
+    with pytest.raises(SystemExit):
+        call("train", *options, f"hydra.run.dir={tmp_path / 'strict'}")
+    assert "3.png" in capsys.readouterr().err
+    call("train", *options, "data.max_bad_fraction=0.1", f"hydra.run.dir={tmp_path / 'lenient'}")
+    assert "bad file   " in capsys.readouterr().out
+    summary = json.loads((tmp_path / "lenient" / "summary.json").read_text())
+    assert [Path(name).name for name in summary["bad_files"]] == ["3.png"]
+
+
+def test_the_readmes_library_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    example = (ROOT / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    small = "image_size=32, batch_size=8, train_size=16, val_size=8, test_size=8"
+    assert "image_size=64, batch_size=32" in example
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(example.replace("image_size=64, batch_size=32", small), names)
+    assert names["trainer"].global_step == 4  # type: ignore[attr-defined]

@@ -1,6 +1,7 @@
 """What a run says of itself: a few lines before it starts, summary.json and a table when it ends."""
 
 import json
+import math
 import platform
 import resource
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning import Callback, LightningModule, Trainer
 
 from visiontasks.layers.distributed import world_size
@@ -26,6 +28,7 @@ class Report(Callback):
         self.training_seconds = 0.0
         self.images = 0
         self._resumed_at = 0.0
+        self._named: set[str] = set()
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.is_global_zero:
@@ -52,9 +55,16 @@ class Report(Callback):
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:  # noqa: ARG002
         self._resumed_at = time.perf_counter()
 
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:  # noqa: ARG002
+        """Names the files that turned out bad since the last epoch."""
+        bad = bad_files(trainer)
+        for name in sorted(bad.keys() - self._named):
+            if trainer.is_global_zero:
+                print(f"bad file   {name}: {bad[name]}", flush=True)
+        self._named |= bad.keys()
+
     def summary(self, trainer: Trainer, module: LightningModule, metrics: dict[str, float]) -> dict[str, Any]:
         """The figures by name, and what the run cost: seconds, images a second over all processes, gigabytes."""
-        bad: dict[str, str] = getattr(trainer, "datamodule").bad_files  # noqa: B009
         return metrics | {
             "parameters": sum(parameter.numel() for parameter in module.parameters()),
             "epochs": trainer.current_epoch,
@@ -66,9 +76,19 @@ class Report(Callback):
             "device": device_name(trainer),
             "precision": str(trainer.precision),
             "processes": world_size(),
-            "bad_files": bad,
+            "bad_files": bad_files(trainer),
             "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         }
+
+
+def bad_files(trainer: Trainer) -> dict[str, str]:
+    """The files that could not be read so far, with the reason, of all processes."""
+    own: dict[str, str] = getattr(trainer, "datamodule").bad_files  # noqa: B009
+    if world_size() == 1:
+        return own
+    parts: list[dict[str, str]] = [{} for _ in range(world_size())]
+    dist.all_gather_object(parts, own)
+    return {name: reason for part in parts for name, reason in part.items()}
 
 
 def introduction(trainer: Trainer, module: Any) -> list[str]:
@@ -84,11 +104,17 @@ def introduction(trainer: Trainer, module: Any) -> list[str]:
     return [
         f"data       {type(data).__name__}: {sizes}",
         f"classes    {len(module.classes)}: {classes}",
-        f"network    {type(module).__name__}, {parameters / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained",
+        f"network    {network_name(module)}, {parameters / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained",
         f"batch      {batch} ({parts})",
         f"device     {device_name(trainer)}, precision {trainer.precision}",
         f"run        {trainer.default_root_dir}",
     ]
+
+
+def network_name(module: Any) -> str:
+    """The backbone, by its own name where it has one, and the head."""
+    backbone = getattr(module.backbone, "name", type(module.backbone).__name__)
+    return f"{backbone} + {type(module.head).__name__}" if hasattr(module, "head") else str(backbone)
 
 
 def device_name(trainer: Trainer) -> str:
@@ -114,6 +140,10 @@ def table(metrics: dict[str, float]) -> str:
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
-    """Writes summary.json; figures that are not numbers become null."""
-    finite = {key: None if isinstance(value, float) and value != value else value for key, value in summary.items()}
-    (folder / "summary.json").write_text(json.dumps(finite, indent=2) + "\n")
+    """Writes summary.json; figures that are not finite become null."""
+    plain = {key: _plain(value) if isinstance(value, float) else value for key, value in summary.items()}
+    (folder / "summary.json").write_text(json.dumps(plain, indent=2) + "\n")
+
+
+def _plain(value: float) -> float | None:
+    return round(value, 6) if math.isfinite(value) else None

@@ -143,22 +143,20 @@ def finish(trainer: "Trainer", task: "Task", *, test: bool) -> float:
 
 
 def quieten() -> None:
-    """Silences Lightning's advertisements and the warnings that our defaults answer."""
+    """Silences what Lightning says beside our own lines, and the warnings that our defaults answer."""
     import logging
     import warnings
 
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_tips)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         r".*does not have many workers.*",  # on a CPU, workers would only compete with the training
         r".*recommended to use `.*sync_dist=True`.*",  # our figures are already over all processes
         r".*Checkpoint directory .* exists and is not empty.*",
         r".*number of training batches .* is smaller than the logging interval.*",
+        r".*isinstance\(treespec, LeafSpec\).*",  # Lightning's own
     ):
         warnings.filterwarnings("ignore", message=message)
-
-
-def _no_tips(record: object) -> bool:
-    return not str(getattr(record, "msg", "")).startswith(("💡", "GPU available", "TPU available", "HPU available"))
 
 
 if __name__ == "__main__":
