@@ -218,7 +218,7 @@ def _enlarged(image: Pixels) -> Pixels:
 
 
 def _background(split: str, size: int, generator: np.random.Generator) -> Pixels:
-    """A square crop of a photograph, mirrored half the time, a little softened and with its exposure varied."""
+    """A square crop of a photograph, mirrored half the time, dimmed and a little softened."""
     photographs = _photographs(split)
     photograph = photographs[generator.integers(len(photographs))]
     side = int(generator.integers(_CROP[0], _CROP[1] + 1))
@@ -226,7 +226,7 @@ def _background(split: str, size: int, generator: np.random.Generator) -> Pixels
     crop = photograph[top : top + side, left : left + side]
     crop = crop[:, ::-1] if generator.random() < 0.5 else crop
     small = cv2.resize(crop, (size, size), interpolation=cv2.INTER_AREA if side > size else cv2.INTER_LINEAR)
-    gain, contrast = generator.uniform(0.75, 1.15), generator.uniform(0.6, 0.9)
+    gain, contrast = generator.uniform(0.35, 0.75), generator.uniform(0.6, 0.9)
     mean = small.mean((0, 1), dtype=np.float32)
     canvas: Pixels = (small - mean) * np.float32(contrast * gain) + mean * np.float32(gain)
     return canvas  # (H, W, 3)
@@ -268,26 +268,25 @@ def _free_corner(
 
 
 def _draw(canvas: Pixels, digit: _Digit, generator: np.random.Generator) -> None:
-    """Lay a digit over the canvas, in a colour that stands out and with a faint halo of the opposite brightness."""
+    """Lay a digit over the canvas, in a colour that is brighter and with a faint dark halo."""
     left, top, right, bottom = digit.box
     patch = canvas[top:bottom, left:right]  # (h, w, 3)
     mean = patch.mean((0, 1))
     colour = _contrasting(float(mean @ _LUMA), generator)
-    light = float(colour @ _LUMA) > float(mean @ _LUMA)
     halo = cv2.GaussianBlur(digit.opacity, (0, 0), max(0.8, min(digit.opacity.shape) / 14))[..., None] * np.float32(
         0.35
     )
-    patch += halo * ((0.0 if light else 255.0) - patch)
+    patch -= halo * patch
     patch += digit.opacity[..., None] * (colour - patch)
 
 
 def _contrasting(luma: float, generator: np.random.Generator) -> Pixels:
-    """A random colour whose luma differs by at least _CONTRAST, or white or black where 32 draws found none."""
+    """A random colour whose luma is higher by at least _CONTRAST, or white where 32 draws found none."""
     colours = generator.uniform(0, 255, (32, 3)).astype(np.float32)
-    apart = np.flatnonzero(np.abs(colours @ _LUMA - luma) >= _CONTRAST)
-    if len(apart):
-        return colours[apart[0]]  # type: ignore[no-any-return]
-    return np.full(3, 255.0 if luma < 128 else 0.0, np.float32)
+    brighter = np.flatnonzero(colours @ _LUMA - luma >= _CONTRAST)
+    if len(brighter):
+        return colours[brighter[0]]  # type: ignore[no-any-return]
+    return np.full(3, 255.0, np.float32)
 
 
 def _visible(digits: list[_Digit], size: int) -> NDArray[np.uint8]:
