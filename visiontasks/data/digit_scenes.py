@@ -271,12 +271,9 @@ def _draw(canvas: Pixels, digit: _Digit, generator: np.random.Generator) -> None
     """Lay a digit over the canvas, in a colour that is brighter and with a faint dark halo."""
     left, top, right, bottom = digit.box
     patch = canvas[top:bottom, left:right]  # (h, w, 3)
-    mean = patch.mean((0, 1))
-    colour = _contrasting(float(mean @ _LUMA), generator)
-    halo = cv2.GaussianBlur(digit.opacity, (0, 0), max(0.8, min(digit.opacity.shape) / 14))[..., None] * np.float32(
-        0.35
-    )
-    patch -= halo * patch
+    colour = _contrasting(float(patch.mean((0, 1)) @ _LUMA), generator)
+    halo = cv2.GaussianBlur(digit.opacity, (0, 0), max(0.8, min(digit.opacity.shape) / 14))
+    patch *= 1 - np.float32(0.35) * halo[..., None]
     patch += digit.opacity[..., None] * (colour - patch)
 
 
