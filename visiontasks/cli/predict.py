@@ -51,17 +51,20 @@ def predict(composed: "DictConfig") -> None:
     task.to(fabric.device)
     folder.mkdir(parents=True, exist_ok=True)
     tiles: list[Tile] = []
+    done = 0
     with (folder / "predictions.jsonl").open("w") as lines, fabric.autocast():
         for index, image, prediction in tqdm(predicted(task, data.loader(files)), total=len(files), unit="image"):
             lines.write(json.dumps({"file": files.name(index), **prediction}) + "\n")
-            if image is not None:
-                tiles.append(Tile(0.0, files.name(index), image, prediction, None))
-            if image is not None and config["pictures"]:
-                draw_picture(task, tiles[-1], folder / "pictures", index)
-            del tiles[SHEET:]
+            if image is None:
+                continue
+            done += 1
+            tile = Tile(0.0, files.name(index), image, prediction, None)
+            tiles += [tile] if len(tiles) < SHEET else []
+            if config["pictures"]:
+                draw_picture(task, tile, folder / "pictures", index)
     if tiles:
         draw_sheet(task, tiles, folder / "predictions.png", named=True)
-    print(f"{len(files)} files, {len(files) - len(data.bad_files)} predicted: {folder}")
+    print(f"{len(files)} files, {done} predicted: {folder}")
 
 
 def predicted(task: "Task", loader: "DataLoader[Any]") -> Iterator[tuple[int, "Tensor | None", "Prediction"]]:
