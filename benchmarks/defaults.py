@@ -1,6 +1,6 @@
 """A default run against the same network, data and recipe in a stock Lightning script: images a second and accuracy.
 
-python benchmarks/defaults.py [--epochs 10] [--backbone resnet18]
+python benchmarks/defaults.py [--epochs 4] [--backbone resnet18]
 
 Stock means float32, the default memory layout, PIL images, torchvision transforms, two loader workers, self.log and a
 metric's forward every step. Both train on the embedded digits, ours first; the rates are medians over epochs.
@@ -126,19 +126,20 @@ def stock(config: dict[str, Any], folder: Path, size: int) -> tuple[Rate, float]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--backbone", default="resnet18")
     options = parser.parse_args()
     quieten()
     with tempfile.TemporaryDirectory() as name:
-        config = composed(options.backbone, 64, Path(name))
+        config = composed(options.backbone, None, Path(name))
         config["trainer"]["max_epochs"] = options.epochs
+        size = config["data"]["image_size"]
         seed_everything(0, verbose=False)
         mine, accuracy = ours(config, Path(name))
         seed_everything(0, verbose=False)
-        theirs, other = stock(config, Path(name), 64)
+        theirs, other = stock(config, Path(name), size)
     rates = [statistics.median(rate.epochs) for rate in (mine, theirs)]
-    print(f"{options.backbone}, 64 px, {options.epochs} epochs of {config['data']['train_size']} scenes")
+    print(f"{options.backbone}, {size} px, {options.epochs} epochs of {config['data']['train_size']} scenes")
     print(f"ours  {rates[0]:6.0f} images a second, test accuracy {accuracy:.3f}")
     print(f"stock {rates[1]:6.0f} images a second, test accuracy {other:.3f}")
     print(f"ratio {rates[0] / rates[1]:.2f} (target 2.0 on a CPU with native bf16)")

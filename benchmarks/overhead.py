@@ -113,9 +113,10 @@ class Usual(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-3, weight_decay=0.05, fused=True)
 
 
-def composed(backbone: str, size: int, folder: Path) -> dict[str, Any]:
-    """The default config with every callback and logger, at a size, validating and testing nothing."""
-    overrides = [f"backbone={backbone}", f"data.image_size={size}", "trainer.max_epochs=1", f"hydra.run.dir={folder}"]
+def composed(backbone: str, size: int | None, folder: Path) -> dict[str, Any]:
+    """The default config with every callback and logger, at a size or the default one, for one epoch."""
+    overrides = [f"backbone={backbone}", "trainer.max_epochs=1", f"hydra.run.dir={folder}"]
+    overrides += [] if size is None else [f"data.image_size={size}"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("train", overrides, return_hydra_config=True)
     config.hydra.runtime.output_dir = str(folder)

@@ -37,7 +37,7 @@ def test_every_augmentation_takes_the_read_only_images_of_the_cache(augment: str
     data = instantiate(config.data)
     data.select(frozenset({"label"}))
     for loader in (data.train_dataloader(), data.val_dataloader()):
-        assert next(iter(loader))["image"].shape == (24, 3, 64, 64)
+        assert next(iter(loader))["image"].shape == (24, 3, 96, 96)
 
 
 def test_every_data_module_has_a_file() -> None:
