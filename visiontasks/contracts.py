@@ -1,6 +1,6 @@
 """What backbones, heads, tasks and data promise each other, on one screen."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypedDict
 
 import numpy as np
@@ -51,6 +51,11 @@ class Sample(TypedDict, total=False):
     masks: NDArray[np.uint8]  # (N, H, W) one mask an object
     bboxes: NDArray[np.float32]  # (N, 4) x1, y1, x2, y2 in pixels
     labels: NDArray[np.int64]  # (N,) index into the class names, one an object
+    crowd: NDArray[np.uint8]  # (N,) 1: do not learn it, nor count it against a detector; only in val and test
+    area: NDArray[np.float64]  # (N,) pixels in the file, as annotated; only in val and test
+    scale: np.float32  # boxes / scale are in the file's pixels
+    size: NDArray[np.int64]  # (2,) height and width of the file
+    others: Sequence["Sample"]  # the samples that a mixing transform may join in
     index: int  # position in the data set
 
 

@@ -17,7 +17,9 @@ NAMES = sorted(path.stem for path in (CONF / "data").glob("[!_]*.yaml"))
 @pytest.mark.parametrize("name", NAMES)
 def test_every_option_is_one_that_its_data_module_takes(name: str) -> None:
     with initialize_config_dir(str(CONF), version_base=None):
-        node = compose("train", [f"data={name}", "data.root=data"] if name == "image_folder" else [f"data={name}"]).data
+        node = compose("train", [f"data={name}"]).data
+    if OmegaConf.is_missing(node, "root"):
+        node.root = "data"
     given = OmegaConf.to_container(node, resolve=True)
     assert isinstance(given, dict)
     module, _, cls = str(given.pop("_target_")).rpartition(".")

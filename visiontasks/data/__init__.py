@@ -7,37 +7,49 @@ from typing import TYPE_CHECKING
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # albumentations would ask the network on import
 
 if TYPE_CHECKING:
+    from visiontasks.data.coco_json import CocoJson
     from visiontasks.data.digit_scenes import DigitScenes
     from visiontasks.data.image_folder import ImageFiles, ImageFolder
     from visiontasks.data.images import BadFile
     from visiontasks.data.module import DataModule
+    from visiontasks.data.penn_fudan import PennFudan
     from visiontasks.data.source import Source
     from visiontasks.data.torchvision_sets import CIFAR10, CIFAR100, MNIST, FashionMNIST
+    from visiontasks.data.voc_xml import VocXml
+    from visiontasks.data.yolo_txt import YoloTxt
 
 __all__ = [
     "CIFAR10",
     "CIFAR100",
     "MNIST",
     "BadFile",
+    "CocoJson",
     "DataModule",
     "DigitScenes",
     "FashionMNIST",
     "ImageFiles",
     "ImageFolder",
+    "PennFudan",
     "Source",
+    "VocXml",
+    "YoloTxt",
 ]
 
 _HOMES = {
     "BadFile": "images",
     "CIFAR10": "torchvision_sets",
     "CIFAR100": "torchvision_sets",
+    "CocoJson": "coco_json",
     "DataModule": "module",
     "DigitScenes": "digit_scenes",
     "FashionMNIST": "torchvision_sets",
     "ImageFiles": "image_folder",
     "ImageFolder": "image_folder",
     "MNIST": "torchvision_sets",
+    "PennFudan": "penn_fudan",
     "Source": "source",
+    "VocXml": "voc_xml",
+    "YoloTxt": "yolo_txt",
 }
 
 

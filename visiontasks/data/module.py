@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -25,9 +25,18 @@ Key = tuple[int, int]  # epoch, index
 BadEntry = tuple[str, str, str]  # split, name, reason
 
 SPLITS = ("train", "val", "test")
-_PER_OBJECT = frozenset({"bboxes", "labels", "masks"})
-_SHAPES = {"image": 3, "mask": 2, "masks": 3, "bboxes": 2, "labels": 1}
-_DTYPES = {"image": np.uint8, "mask": np.uint8, "masks": np.uint8, "bboxes": np.float32, "labels": np.int64}
+_PER_OBJECT = frozenset({"bboxes", "labels", "masks", "crowd", "area"})
+_WITH_BOXES = frozenset({"crowd", "area"})  # what evaluation wants to know of each box, where the data say it
+_SHAPES = {"image": 3, "mask": 2, "masks": 3, "bboxes": 2, "labels": 1, "crowd": 1, "area": 1}
+_DTYPES = {
+    "image": np.uint8,
+    "mask": np.uint8,
+    "masks": np.uint8,
+    "bboxes": np.float32,
+    "labels": np.int64,
+    "crowd": np.uint8,
+    "area": np.float64,
+}
 
 
 class DataModule(LightningDataModule):
@@ -35,7 +44,8 @@ class DataModule(LightningDataModule):
 
     A batch is a dict of "image" uint8 (B, 3, H, W) in channels-last memory, "index" (B,), and whichever of these the
     data provide: "label" (B,) int64 or (B, K) float32, "mask" (B, H, W) uint8, and, as lists of one tensor an image,
-    "bboxes" (N, 4) float32 xyxy pixels, "labels" (N,) int64, "masks" (N, H, W) uint8. Each sample's augmentation is a
+    "bboxes" (N, 4) float32 xyxy pixels, "labels" (N,) int64, "masks" (N, H, W) uint8, and in evaluation "crowd" (N,)
+    uint8 and "area" (N,) float64 where the data know them. Each sample's augmentation is a
     function of (seed, epoch, index), its place in the order one of (seed, epoch). Files that cannot be read are the
     entry "bad", a list of (split, name, reason), until on_before_batch_transfer takes it out.
 
@@ -257,7 +267,7 @@ class Views(Dataset[Sample | BadEntry]):
         self.source = source
         self.transform = transform
         self.split = split
-        self.keys = keys | {"image"}
+        self.keys = keys | {"image"} | (_WITH_BOXES if "bboxes" in keys else frozenset())
         self.seed = seed
 
     def __len__(self) -> int:
@@ -268,13 +278,31 @@ class Views(Dataset[Sample | BadEntry]):
 
         epoch, index = key if isinstance(key, tuple) else (0, key)
         try:
-            given = self.source[index]
+            given = self.given(index)
+            if getattr(self.transform, "mixes", False):
+                given["others"] = _Others(self)
+            sample = draw(cast(Any, self.transform), given, seed=self.seed, epoch=epoch, index=index)
         except BadFile as error:
             return self.split, error.path, error.reason
-        kept = cast(Sample, {name: value for name, value in given.items() if name in self.keys})
-        sample = draw(cast(Any, self.transform), kept, seed=self.seed, epoch=epoch, index=index)
         sample["index"] = index
         return sample
+
+    def given(self, index: int) -> Sample:
+        """The sample as its source has it, with the annotations that are wanted."""
+        return cast(Sample, {name: value for name, value in self.source[index].items() if name in self.keys})
+
+
+class _Others(Sequence[Sample]):
+    """All samples of a source, untransformed, for a transform that joins several."""
+
+    def __init__(self, views: Views) -> None:
+        self.views = views
+
+    def __len__(self) -> int:
+        return len(self.views)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.views.given(index)
 
 
 def collate(items: list[Sample | BadEntry]) -> Batch:

@@ -49,7 +49,7 @@ def draw(compose: A.Compose, sample: Sample, *, seed: int, epoch: int, index: in
     `view` tells apart several draws of one sample in one epoch.
     Raises UsageError where the sample has boxes and the transform was made without them.
     """
-    if "bboxes" in sample and "bboxes" not in compose.processors:
+    if "bboxes" in sample and not getattr(compose, "moves_boxes", "bboxes" in compose.processors):
         raise UsageError("The sample has boxes and this transform would not move them: make it with boxes=True")
     generator = compose.random_generator
     if not isinstance(generator.bit_generator, np.random.Philox):

@@ -1,0 +1,208 @@
+"""Images with boxes, labels and maybe masks from files: what the readers of all formats share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from visiontasks.contracts import Sample, Transform, UsageError
+from visiontasks.data.annotations import Finding, Objects, Policy, Table, checked, rasterised, settle
+from visiontasks.data.images import SUFFIXES, BadFile, read_image
+from visiontasks.data.module import DataModule
+from visiontasks.data.sampling import held_out
+from visiontasks.data.source import Source, Subset
+
+SPLIT_WORDS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+
+
+class Annotations(NamedTuple):
+    """What a reader found: class names, the id that the files give each, and a table for each published split."""
+
+    classes: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    tables: dict[str, Table]  # "train" always
+
+
+class ObjectFiles:
+    """Image files with their objects as a source; samples to evaluate on (`truth`) have crowds, and say "area" too.
+
+    Raises BadFile where an image has another size than its annotations say.
+    """
+
+    def __init__(self, objects: Objects, *, masks: bool, truth: bool) -> None:
+        self.objects = objects
+        self.masks = masks
+        self.truth = truth
+
+    def __len__(self) -> int:
+        return len(self.objects.files)
+
+    def name(self, index: int) -> str:
+        """The file's path."""
+        return self.objects.files[index]
+
+    def __getitem__(self, index: int) -> Sample:
+        objects, size = self.objects, self.objects.sizes[index]
+        image = read_image(self.name(index))
+        if image.shape[:2] != size:
+            found, stated = (f"{width} x {height}" for height, width in (image.shape[:2], size))
+            raise BadFile(self.name(index), f"has {found} pixels where its annotations say {stated}")
+        rows = objects.rows(index, crowd=self.truth)
+        sample = Sample(image=image, bboxes=objects.boxes[rows], labels=objects.labels[rows])
+        if self.masks:
+            sample["masks"] = self._masks(rows, size)
+        if self.truth:
+            sample["crowd"], sample["area"] = objects.crowd[rows], objects.areas[rows]
+        return sample
+
+    def _masks(self, rows: NDArray[np.int64], size: tuple[int, int]) -> NDArray[np.uint8]:
+        masks = np.zeros((len(rows), *size), np.uint8)
+        for mask, row in zip(masks, rows, strict=True):
+            outline = self.objects.outlines[row]
+            if outline is not None:
+                mask[:] = rasterised(outline, size)
+        return masks
+
+
+class ObjectData(DataModule):
+    """Photographs with annotated objects; a subclass reads one format (`read_annotations`).
+
+    What the files do not split is cut from train: `val_fraction` and `test_fraction` of the images, by the seed;
+    `test_fraction=0` makes the validation images the test images as well. Crowds (and what VOC calls difficult) are no
+    training targets; the samples of val and test have them, with "crowd" 1, and "area" (N,) in the file's pixels.
+    `bad_annotations` is what happens when the files are read and an annotation is wrong: "refuse" names the first few
+    and counts all by kind; "repair" clips, reorders or leaves out, each listed in `repaired`.
+    `category_ids[i]` is the id that the files give classes[i].
+    Raises UsageError where root or annotations are missing, or an annotation is bad and to be refused.
+    """
+
+    provides = frozenset({"bboxes", "labels"})
+    category_ids: tuple[int, ...]
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.1,
+        bad_annotations: Policy = "refuse",
+        mirror: bool = True,
+        image_size: int = 512,
+        batch_size: int = 8,
+        **options: Any,
+    ) -> None:
+        super().__init__(image_size=image_size, batch_size=batch_size, **options)
+        self.root = Path(root)
+        self.val_fraction = val_fraction
+        self.test_fraction = test_fraction
+        self.bad_annotations: Policy = bad_annotations
+        self.mirror = mirror
+        self.repaired: tuple[str, ...] = ()
+        self._objects: dict[str, Objects] = {}
+
+    def read_annotations(self) -> Annotations:
+        """All that the files state, unchecked; without outlines unless "masks" is in `keys`."""
+        raise NotImplementedError(f"{type(self).__name__} does not read annotations: define read_annotations()")
+
+    def select(self, needs: frozenset[str]) -> None:
+        """Keep only these annotations; masks are looked for when they are asked for."""
+        if ("masks" in needs) != ("masks" in self.keys):
+            self._objects = {}
+        super().select(needs)
+        if "masks" in needs:
+            self.objects()
+            super().select(needs)
+
+    def source(self, split: str) -> Source:
+        """The published split, or its share of the training images."""
+        objects = self.objects()
+        if split == "test" and "test" not in objects and self.test_fraction == 0:
+            return self.source("val")
+        part = split if split in objects else "train"
+        whole = ObjectFiles(objects[part], masks="masks" in self.keys, truth=split != "train")
+        return whole if part != "train" else Subset(whole, self._share(split, len(whole)))
+
+    def read_classes(self) -> tuple[str, ...]:
+        """The names in the annotations."""
+        self.objects()
+        return self.classes
+
+    def image_id(self, split: str, index: int) -> int | str:
+        """What the annotations call an image of a split: COCO's image_id, else the file's stem."""
+        source = self._sources[split]
+        position = int(source.positions[index]) if isinstance(source, Subset) else index
+        files = source.source if isinstance(source, Subset) else source
+        assert isinstance(files, ObjectFiles)
+        return files.objects.ids[position]
+
+    def objects(self) -> dict[str, Objects]:
+        """The sound objects of each published split, read and checked the first time."""
+        if not self._objects:
+            if not self.root.exists():
+                raise UsageError(f"{self.root.absolute()} does not exist: type data.root=FOLDER")
+            read = self.read_annotations()
+            findings: list[Finding] = []
+            objects = {}
+            for split, table in read.tables.items():
+                objects[split], found = checked(table)
+                findings += found
+            self.repaired = settle(findings, self.bad_annotations)
+            self.classes, self.category_ids, self._objects = read.classes, read.category_ids, objects
+        return self._objects
+
+    def _transform(self, *, train: bool, keys: frozenset[str]) -> Transform:
+        from visiontasks.data.objects import resize_to_fit, scale_and_crop_objects
+
+        self.train_transform = self.train_transform or scale_and_crop_objects
+        self.eval_transform = self.eval_transform or resize_to_fit
+        return super()._transform(train=train, keys=keys)
+
+    def _share(self, split: str, size: int) -> NDArray[np.int64]:
+        """Positions in train that belong to a split: test is cut first, then val from the rest."""
+        rest = np.arange(size)
+        test = 0.0 if "test" in self._objects else self.test_fraction
+        fractions = {"test": test, "val": 0.0 if "val" in self._objects else self.val_fraction / (1 - test)}
+        for part, fraction in fractions.items():
+            if fraction == 0:
+                continue
+            kept, held = held_out(np.zeros(len(rest), np.int64), fraction=fraction, seed=self.seed)
+            if part == split:
+                return rest[held]
+            rest = rest[kept]
+        return rest
+
+
+def images_below(folder: Path) -> dict[str, str]:
+    """Path of each image directly in a folder, by file name."""
+    if not folder.is_dir():
+        return {}
+    with os.scandir(folder) as entries:
+        return {entry.name: entry.path for entry in entries if os.path.splitext(entry.name)[1].lower() in SUFFIXES}  # noqa: PTH122
+
+
+def folders_below(root: Path) -> list[Path]:
+    """Root and all folders below it that are not hidden, the shallow ones first, sorted by name."""
+    below = [path for path in root.rglob("*") if path.is_dir() and not path.name.startswith(".")]
+    return [root, *sorted(below, key=lambda path: (len(path.parts), str(path)))]
+
+
+def split_of(name: str) -> str | None:
+    """The split that a word in a file's or folder's name stands for, as in instances_val2017."""
+    words = "".join(letter if letter.isalpha() else " " for letter in name.lower()).split()
+    return next((split for split, known in SPLIT_WORDS.items() if set(known) & set(words)), None)
+
+
+def split_folders(root: Path) -> dict[str, Path]:
+    """The folder of each split that has one directly in root."""
+    below = {path.name.lower(): path for path in root.iterdir() if path.is_dir()}
+    return {split: below[word] for split, words in SPLIT_WORDS.items() for word in words if word in below}
+
+
+def class_index(names: Iterable[str]) -> Mapping[str, int]:
+    """Position of each class name, for looking it up."""
+    return {name: position for position, name in enumerate(names)}
