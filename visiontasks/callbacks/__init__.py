@@ -3,10 +3,11 @@
 from visiontasks.callbacks.checkpoints import best_checkpoint, last_checkpoint
 from visiontasks.callbacks.metrics_file import MetricsFile
 from visiontasks.callbacks.optional import early_stopping, ema, progress_bar, swa
-from visiontasks.callbacks.pictures import ConfusionMatrix, ContactSheets, LearningCurves
+from visiontasks.callbacks.pictures import ClassBars, ConfusionMatrix, ContactSheets, LearningCurves
 from visiontasks.callbacks.report import Report
 
 __all__ = [
+    "ClassBars",
     "ConfusionMatrix",
     "ContactSheets",
     "LearningCurves",

@@ -1,5 +1,6 @@
-"""Pictures of a run: learning curves, predictions beside the truth, the confusion matrix."""
+"""Pictures of a run: learning curves, predictions beside the truth, the confusion matrix, bars by class."""
 
+import csv
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from lightning import Callback, LightningModule, Trainer
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from torch import Tensor
 
 from visiontasks.callbacks.metrics_file import read_columns
@@ -15,6 +17,9 @@ from visiontasks.layers.distributed import world_size
 
 LABELLED = 40  # classes whose names still fit the confusion matrix's axes
 COUNTED = 20  # classes whose counts still fit its cells
+BARS = 60  # classes that fit below each other
+LARGE = 320  # pixels
+EXPLAINED = 40  # classes whose colours still fit a legend
 
 
 @dataclass(order=True)
@@ -29,13 +34,41 @@ class Tile:
 
 
 class ContactSheets(Callback):
-    """Draws predictions.png, images spread evenly over the test set, and mistakes.png, the worst, most wrong first."""
+    """Draws predictions.png, images spread evenly over the test set, and mistakes.png, the worst, most wrong first.
 
-    def __init__(self, *, images: int = 40, columns: int = 8) -> None:
+    mistakes.csv lists the worst by name. After each validation the same `validation_images` images, spread evenly over
+    the validation set, go to validation/epoch_NNN.png. A task that draws n panels an image gets n times fewer images.
+    """
+
+    def __init__(self, *, images: int = 40, columns: int = 8, validation_images: int = 16) -> None:
         self.images = images
         self.columns = columns
+        self.validation_images = validation_images
         self.sample: list[Tile] = []
         self.worst: list[Tile] = []
+
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:  # noqa: ARG002
+        self.sample = []
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        module: Any,
+        outputs: Any,
+        batch: dict[str, Any],
+        batch_idx: int,
+        dataloader_idx: int = 0,  # noqa: ARG002
+    ) -> None:
+        wanted = -(-self.validation_images // module.panels)
+        if len(self.sample) < wanted and not trainer.sanity_checking:
+            batches = int(trainer.num_val_batches[0])
+            self.sample += _spread(_tiles(module, outputs, batch, None), wanted, batches, batch_idx)
+
+    def on_validation_end(self, trainer: Trainer, module: Any) -> None:
+        if trainer.is_global_zero and self.sample:
+            folder = Path(trainer.default_root_dir) / "validation"
+            folder.mkdir(exist_ok=True)
+            draw_sheet(module, self.sample, folder / f"epoch_{trainer.current_epoch:03d}.png", columns=self.columns)
 
     def on_test_start(self, trainer: Trainer, module: LightningModule) -> None:  # noqa: ARG002
         self.sample, self.worst = [], []
@@ -46,25 +79,25 @@ class ContactSheets(Callback):
         module: Any,
         outputs: Any,
         batch: dict[str, Any],
-        batch_idx: int,  # noqa: ARG002
+        batch_idx: int,
         dataloader_idx: int = 0,  # noqa: ARG002
     ) -> None:
         data: Any = getattr(trainer, "datamodule")  # noqa: B009
-        tiles = _tiles(module, outputs, batch, [data.test_name(index) for index in batch["index"].tolist()])
-        share = math.ceil(self.images / int(trainer.num_test_batches[0]))
-        stride = max(1, len(tiles) // share)
-        self.sample += tiles[::stride][:share]
+        names = [data.test_name(index) for index in batch["index"].tolist()]
+        tiles, wanted = _tiles(module, outputs, batch, names), -(-self.images // module.panels)
+        self.sample += _spread(tiles, wanted, int(trainer.num_test_batches[0]), batch_idx)
         wrong = [tile for tile in tiles if tile.error > 0]
-        self.worst = sorted([*self.worst, *wrong], reverse=True)[: self.images]
+        self.worst = sorted([*self.worst, *wrong], reverse=True)[:wanted]
 
-    def on_test_end(self, trainer: Trainer, module: LightningModule) -> None:
-        worst = sorted(_gathered(self.worst), reverse=True)[: self.images]
+    def on_test_end(self, trainer: Trainer, module: Any) -> None:
+        worst = sorted(_gathered(self.worst), reverse=True)[: -(-self.images // module.panels)]
         if not trainer.is_global_zero:
             return
         folder = Path(trainer.default_root_dir)
-        draw_sheet(module, self.sample[: self.images], folder / "predictions.png", columns=self.columns)
+        draw_sheet(module, self.sample, folder / "predictions.png", columns=self.columns)
         if worst:
             draw_sheet(module, worst, folder / "mistakes.png", columns=self.columns, named=True)
+            _write_names(worst, folder / "mistakes.csv")
 
 
 class ConfusionMatrix(Callback):
@@ -73,7 +106,16 @@ class ConfusionMatrix(Callback):
     def on_test_end(self, trainer: Trainer, module: Any) -> None:
         if trainer.is_global_zero and "confusion" in module.tables:
             path = Path(trainer.default_root_dir) / "confusion.png"
-            draw_confusion(module.tables["confusion"].cpu(), module.classes, path)
+            draw_confusion(module.tables["confusion"].cpu(), module.classes, path, unit=module.unit)
+
+
+class ClassBars(Callback):
+    """Draws per_class_*.png, a bar for each class, of every figure that the last test measured by class."""
+
+    def on_test_end(self, trainer: Trainer, module: Any) -> None:
+        for name, values in module.tables.items():
+            if trainer.is_global_zero and name.startswith("per_class_"):
+                draw_bars(values.tolist(), module.classes, name, Path(trainer.default_root_dir) / f"{name}.png")
 
 
 class LearningCurves(Callback):
@@ -87,9 +129,12 @@ class LearningCurves(Callback):
 
 def draw_sheet(module: Any, tiles: list[Tile], path: Path, *, columns: int = 8, named: bool = False) -> None:
     """Draws images with their predictions and truths on a grid, with file names underneath where asked."""
-    columns = min(columns, len(tiles))
+    columns = min(-(-columns // module.panels), len(tiles))
     rows = math.ceil(len(tiles) / columns)
-    figure = Figure(figsize=(1.7 * columns, 2.1 * rows), layout="constrained")
+    tall = max(tile.image.shape[-2] / tile.image.shape[-1] for tile in tiles)
+    width = 1.7 if module.panels == 1 else 2.2 * module.panels
+    height = width / module.panels * min(tall, 2.0) + 0.4
+    figure = Figure(figsize=(width * columns, height * rows + 0.4), layout="constrained")
     for axes, tile in zip(figure.subplots(rows, columns, squeeze=False).flat, tiles, strict=False):
         module.draw(axes, tile.image, tile.prediction, tile.truth)
         if named:
@@ -97,10 +142,46 @@ def draw_sheet(module: Any, tiles: list[Tile], path: Path, *, columns: int = 8, 
     for axes in figure.axes:
         axes.set(xticks=[], yticks=[], frame_on=axes.has_data())
         axes.title.set_fontsize(9)
+    _explain(figure, module.legend())
     figure.savefig(path, dpi=110)
 
 
-def draw_confusion(counts: Tensor, classes: tuple[str, ...], path: Path) -> None:
+def draw_one(module: Any, tile: Tile, path: Path) -> None:
+    """Draws one image with its prediction, pixel for pixel where it is at least LARGE wide, with a legend."""
+    height, width = tile.image.shape[-2:]
+    panels = 1 if module.panels == 1 else 2  # without a truth
+    scale = max(1.0, LARGE / width)
+    figure = Figure(figsize=(width * scale * panels / 100, height * scale / 100 + 0.8), layout="constrained")
+    axes = figure.subplots()
+    module.draw(axes, tile.image, tile.prediction, tile.truth)
+    axes.set(xticks=[], yticks=[], frame_on=False)
+    _explain(figure, module.legend())
+    figure.savefig(path, dpi=100)
+
+
+def _explain(figure: Figure, colours: dict[str, tuple[float, ...]]) -> None:
+    if not 0 < len(colours) <= EXPLAINED:
+        return
+    patches = [Patch(facecolor=colour, edgecolor="black", label=name) for name, colour in colours.items()]
+    fitting = max(1, int(figure.get_figwidth() / 1.1))
+    figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), fitting), fontsize=8)
+
+
+def draw_bars(values: list[float], classes: tuple[str, ...], title: str, path: Path) -> None:
+    """Draws one bar a class, the best on top, of many classes the lowest; a class without a value is named so."""
+    order = sorted(range(len(values)), key=lambda k: (not math.isnan(values[k]), values[k]))[:BARS]
+    figure = Figure(figsize=(7, 1.2 + 0.24 * len(order)), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.barh(range(len(order)), [0.0 if math.isnan(values[k]) else values[k] for k in order], color="steelblue")
+    axes.bar_label(
+        bars, ["not there" if math.isnan(values[k]) else f"{values[k]:.3f}" for k in order], padding=3, fontsize=8
+    )
+    axes.set_yticks(range(len(order)), [classes[k] for k in order], fontsize=8)
+    axes.set(xlim=(0, 1.1), title=title.replace("_", " "))
+    figure.savefig(path, dpi=110)
+
+
+def draw_confusion(counts: Tensor, classes: tuple[str, ...], path: Path, *, unit: str = "images") -> None:
     """Draws counts (K, K), coloured by the share of each row."""
     shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)  # (K, K)
     side = min(14.0, 3.5 + 0.32 * len(classes))
@@ -108,14 +189,14 @@ def draw_confusion(counts: Tensor, classes: tuple[str, ...], path: Path) -> None
     axes = figure.subplots()
     drawn = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(drawn, ax=axes, label="share of the true class", shrink=0.8)
-    axes.set(xlabel="predicted", ylabel="truth", title=f"{int(counts.sum())} images")
+    axes.set(xlabel="predicted", ylabel="truth", title=f"{int(counts.sum()):,} {unit}")
     if len(classes) <= LABELLED:
         axes.set_xticks(range(len(classes)), classes, rotation=90)
         axes.set_yticks(range(len(classes)), classes)
     if len(classes) <= COUNTED:
         for i, j in counts.nonzero().tolist():
             colour = "white" if shares[i, j] > 0.5 else "black"
-            axes.text(j, i, str(int(counts[i, j])), ha="center", va="center", color=colour, fontsize=7)
+            axes.text(j, i, _count(int(counts[i, j])), ha="center", va="center", color=colour, fontsize=7)
     figure.savefig(path, dpi=110)
 
 
@@ -132,8 +213,29 @@ def draw_curves(columns: dict[str, list[tuple[int, float]]], monitor: str, path:
     figure.savefig(path, dpi=110)
 
 
-def _tiles(module: Any, raw: Any, batch: dict[str, Any], names: list[str]) -> list[Tile]:
-    images = batch["image"].cpu()
+def _spread(tiles: list[Tile], wanted: int, batches: int, batch: int) -> list[Tile]:
+    """The share of the wanted tiles that falls to one batch of many, spread evenly over it."""
+    share = (batch + 1) * wanted // batches - batch * wanted // batches
+    return tiles[:: max(1, len(tiles) // max(1, share))][:share]
+
+
+def _count(number: int) -> str:
+    """A count that fits its cell: 9999, 12k, 56M."""
+    if number < 10_000:
+        return str(number)
+    return f"{number / 1e3:.0f}k" if number < 1e6 else f"{number / 1e6:.3g}M"
+
+
+def _write_names(tiles: list[Tile], path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["name", "error"])
+        writer.writerows([tile.name, f"{tile.error:.4f}"] for tile in tiles)
+
+
+def _tiles(module: Any, raw: Any, batch: dict[str, Any], names: list[str] | None) -> list[Tile]:
+    images = [image.cpu() for image in batch["image"]]
+    names = names or [""] * len(images)
     columns = (module.errors(raw, batch).tolist(), names, images, module.predictions(raw), module.truths(batch))
     return [Tile(*row) for row in zip(*columns, strict=True)]
 

@@ -66,6 +66,7 @@ class Report(Callback):
     def summary(self, trainer: Trainer, module: LightningModule, metrics: dict[str, float]) -> dict[str, Any]:
         """The figures by name, and what the run cost: seconds, images a second over all processes, gigabytes."""
         return metrics | {
+            **per_class(module),
             "parameters": sum(parameter.numel() for parameter in module.parameters()),
             "epochs": trainer.current_epoch,
             "steps": trainer.global_step,
@@ -79,6 +80,12 @@ class Report(Callback):
             "bad_files": bad_files(trainer),
             "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         }
+
+
+def per_class(module: Any) -> dict[str, dict[str, float | None]]:
+    """The last evaluation's figures by class name; null where a class does not occur."""
+    tables = {name: values.tolist() for name, values in module.tables.items() if name.startswith("per_class_")}
+    return {name: dict(zip(module.classes, map(_plain, row), strict=True)) for name, row in tables.items()}
 
 
 def bad_files(trainer: Trainer) -> dict[str, str]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import yaml
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from lightning import Callback, Trainer
 from omegaconf import DictConfig, OmegaConf
 
@@ -15,7 +15,7 @@ from visiontasks.data.module import DataModule
 from visiontasks.tasks.base import Task
 
 Config = dict[str, Any]  # a composed config as plain containers, every interpolation resolved
-PARTS = ("task", "backbone", "head", "data", "augment", "optimizer", "scheduler", "channels_last", "seed")
+PARTS = ("task", "backbone", "head", "loss", "data", "augment", "optimizer", "scheduler", "channels_last", "seed")
 
 
 def plain(config: DictConfig) -> Config:
@@ -60,17 +60,30 @@ def build_data(config: Config) -> DataModule:
 def build_task(config: Config, *, classes: tuple[str, ...]) -> Task:
     """The task with its backbone, head, optimiser and schedule, knowing the config that it was built from."""
     backbone: Backbone = instantiate(config["backbone"], _convert_="all")
+    head = instantiate(config["head"], _convert_="all")
+    check_head(config, head)
+    losses = {"losses": instantiate(config["loss"], _convert_="all")} if config.get("loss") else {}
     channels_last = config["channels_last"]
     task: Task = instantiate(config["task"], _convert_="all")(
         backbone=backbone,
         classes=classes,
-        head=instantiate(config["head"], _convert_="all"),
+        head=head,
         optimizer=instantiate(config["optimizer"], _convert_="all"),
         scheduler=instantiate(config["scheduler"], _convert_="all"),
         channels_last=native_bfloat16() if channels_last == "auto" else channels_last,
+        **losses,
     )
-    task.config = {key: config[key] for key in PARTS}
+    task.config = {key: config[key] for key in PARTS if key in config}
     return task.to(memory_format=task.memory_format)
+
+
+def check_head(config: Config, head: Any) -> None:
+    """Raises UsageError where the head says that it serves another task."""
+    task: type[Task] = get_class(config["task"]["_target_"])
+    serves = getattr(getattr(head, "func", head), "serves", None)
+    if serves is not None and serves not in {base.__name__.lower() for base in task.__mro__}:
+        name, wanted = config["head"]["_target_"].rpartition(".")[2], task.__name__.lower()
+        raise UsageError(f"The head {name} serves task={serves} and the task is {wanted}: type another head=, or none.")
 
 
 def build_trainer(config: Config, *, folder: Path) -> Trainer:
@@ -118,10 +131,13 @@ def find_checkpoint(path: str) -> Path:
     raise UsageError(f"{path} holds no checkpoint: expected a .ckpt file, or a run folder with checkpoints/best.ckpt.")
 
 
-def load_task(checkpoint: Path) -> Task:
-    """Rebuilds a task from its checkpoint alone, in evaluation mode; raises UsageError where it holds no config."""
+def load_task(checkpoint: Path, settings: Config | None = None) -> Task:
+    """Rebuilds a task from its checkpoint alone, in evaluation mode; raises UsageError where it holds no config.
+
+    settings replaces the config's own `task`, for what concerns evaluation, such as windows or thresholds.
+    """
     stored = read_checkpoint(checkpoint)
-    config = stored["config"]
+    config = stored["config"] if settings is None else stored["config"] | {"task": settings}
     check_targets(config)
     untrained = config | {"backbone": config["backbone"] | {"weights": None}}
     task = build_task(untrained, classes=tuple(stored["classes"]))

@@ -94,7 +94,7 @@ def choices(group: str) -> list[str]:
 def groups(config: str) -> list[str]:
     """The config groups that a primary config chooses from."""
     text = (CONF / f"{config}.yaml").read_text()
-    listed = re.findall(r"^  - (\w+):", text.partition("defaults:")[2], flags=re.MULTILINE)
+    listed = re.findall(r"^  - (?:optional )?(\w+):", text.partition("defaults:")[2], flags=re.MULTILINE)
     return [group for group in listed if any((folder / group).is_dir() for folder in conf_folders())]
 
 

@@ -33,11 +33,11 @@ def evaluate(composed: "DictConfig") -> None:
     if config["split"] not in ("train", "val", "test"):
         raise UsageError(f"split={config['split']} is not a split: type split=train, split=val or split=test.")
     quieten()
-    task = load_task(Path(config["checkpoint"]["path"]))
+    task = load_task(Path(config["checkpoint"]["path"]), config["task"])
     data = build_data(config)
     data.select(task.needs)
     data.setup()
-    check_classes(task.classes, data.classes)
+    check_classes(task.classes, data.target_classes)
     data.test_split = config["split"]
     trainer = build_trainer(config, folder=folder)
     (measured,) = trainer.test(task, datamodule=data, verbose=False)

@@ -43,7 +43,7 @@ def predict(composed: "DictConfig") -> None:
     config, folder = plain(composed), output_folder()
     quieten()
     checkpoint = Path(config["checkpoint"]["path"])
-    task = load_task(checkpoint)
+    task = load_task(checkpoint, config["task"])
     data = build_data(read_checkpoint(checkpoint)["config"])
     data.batch_size, data.num_workers = config["batch_size"], config["num_workers"]
     files = ImageFiles(find_images(config["input"]))
@@ -54,14 +54,17 @@ def predict(composed: "DictConfig") -> None:
     done = 0
     with (folder / "predictions.jsonl").open("w") as lines, fabric.autocast():
         for index, image, prediction in tqdm(predicted(task, data.loader(files)), total=len(files), unit="image"):
-            lines.write(json.dumps({"file": files.name(index), **prediction}) + "\n")
+            name = files.name(index)
+            stem = f"{index:05d}_{Path(name).stem}"  # the position tells apart files of one name
+            line = prediction if image is None else task.save(prediction, folder, stem)
+            lines.write(json.dumps({"file": name, **line}) + "\n")
             if image is None:
                 continue
             done += 1
-            tile = Tile(0.0, files.name(index), image, prediction, None)
-            tiles += [tile] if len(tiles) < SHEET else []
+            tile = Tile(0.0, name, image, prediction, None)
+            tiles += [tile] if len(tiles) * task.panels < SHEET else []
             if config["pictures"]:
-                draw_picture(task, tile, folder / "pictures", index)
+                draw_picture(task, tile, folder / "pictures" / f"{stem}.png")
     if tiles:
         draw_sheet(task, tiles, folder / "predictions.png", named=True)
     print(f"{len(files)} files, {done} predicted: {folder}")
@@ -70,13 +73,14 @@ def predict(composed: "DictConfig") -> None:
 def predicted(task: "Task", loader: "DataLoader[Any]") -> Iterator[tuple[int, "Tensor | None", "Prediction"]]:
     """Each file's position, its image, uint8 (3, H, W), and prediction; without an image, the error instead."""
     import torch
+    from lightning.fabric.utilities import move_data_to_device
 
     seen = 0
     for batch in loader:
         rows: dict[int, tuple[Tensor | None, Prediction]] = {}
         if "image" in batch:
             with torch.inference_mode():
-                raw = task.predict_step({"image": batch["image"].to(task.device)}, 0)
+                raw = task.predict_step(move_data_to_device({"image": batch["image"]}, task.device), 0)
             images = zip(batch["image"], task.predictions(raw), strict=True)
             rows = dict(zip(batch["index"].tolist(), images, strict=True))
         bad = iter(batch.get("bad", []))
@@ -86,12 +90,12 @@ def predicted(task: "Task", loader: "DataLoader[Any]") -> Iterator[tuple[int, "T
             seen = index + 1
 
 
-def draw_picture(task: "Task", tile: Any, folder: Path, index: int) -> None:
-    """Draws one image with its prediction, under its own name; the position tells apart files of one name."""
-    from visiontasks.callbacks.pictures import draw_sheet
+def draw_picture(task: "Task", tile: Any, path: Path) -> None:
+    """Draws one image with its prediction at the image's own size, small ones enlarged."""
+    from visiontasks.callbacks.pictures import draw_one
 
-    folder.mkdir(exist_ok=True)
-    draw_sheet(task, [tile], folder / f"{index:05d}_{Path(tile.name).stem}.png", columns=1)
+    path.parent.mkdir(exist_ok=True)
+    draw_one(task, tile, path)
 
 
 if __name__ == "__main__":

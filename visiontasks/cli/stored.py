@@ -18,5 +18,6 @@ def offer_checkpoint(arguments: list[str]) -> None:
     store = ConfigStore.instance()
     facts = {"path": str(checkpoint), "folder": str(folder), "seed": config["seed"]}
     store.store(group="checkpoint", name="stored", node=facts)
+    store.store(group="task", name="stored", node=config["task"])
     store.store(group="data", name="stored", node=config["data"])
     store.store(group="augment", name="stored", node=config["augment"])

@@ -60,7 +60,9 @@ def train(composed: "DictConfig") -> float:
     data = build_data(config)
     data.select(_needs(config))
     data.setup()
-    task = build_task(config, classes=data.classes)
+    if config["task"].get("class_weights") == "balanced":
+        config["task"]["class_weights"] = data.class_weights()
+    task = build_task(config, classes=data.target_classes)
     if config["init_from"]:
         from visiontasks.transfer import init_backbone
 

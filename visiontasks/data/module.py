@@ -104,6 +104,11 @@ class DataModule(LightningDataModule):
         """The annotations that batches carry: all that are provided, or those that were selected."""
         return self.provides if self._selected is None else self._selected
 
+    @property
+    def target_classes(self) -> tuple[str, ...]:
+        """What the selected targets index: the classes, in a mask with a background after it."""
+        return ("background", *self.classes) if self.background and "mask" in self.keys else self.classes
+
     def select(self, needs: frozenset[str]) -> None:
         """Keep only these annotations in the samples, so that no work goes into the others.
 

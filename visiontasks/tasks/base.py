@@ -2,6 +2,7 @@
 
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -29,6 +30,8 @@ class Task(LightningModule):
     """
 
     needs: ClassVar[frozenset[str]]
+    panels: ClassVar[int] = 1  # pictures side by side that `draw` makes of one image
+    unit: ClassVar[str] = "images"  # what the confusion matrix counts
 
     def __init__(
         self,
@@ -151,6 +154,14 @@ class Task(LightningModule):
     def draw(self, axes: Axes, image: Tensor, prediction: Prediction, truth: Prediction | None) -> None:
         """Draws an image, uint8 (3, H, W), with its prediction and, where known, the truth."""
         raise NotImplementedError
+
+    def legend(self) -> dict[str, tuple[float, ...]]:
+        """The colours that stand for classes in what `draw` draws, red, green and blue in 0..1."""
+        return {}
+
+    def save(self, prediction: Prediction, folder: Path, stem: str) -> Prediction:  # noqa: ARG002
+        """Writes what does not fit into a line of JSON to files in a folder, and returns the line."""
+        return prediction
 
     def compile_parts(self) -> None:
         """Compiles the networks in place, so that no weight changes its name."""
