@@ -57,6 +57,7 @@ class DigitScenes(DataModule):
         **options: Any,
     ) -> None:
         super().__init__(image_size=image_size, cache=cache, **options)
+        self.side = _side(image_size)
         self.digits = _range("data.digits", digits, least=1, most=100)
         self.digit_size = _range("data.digit_size", digit_size, least=0.05, most=0.95)
         self.multi_label = multi_label
@@ -69,7 +70,7 @@ class DigitScenes(DataModule):
         return Scenes(
             split,
             size=self.split_sizes[split],
-            image_size=self.image_size,
+            image_size=self.side,
             digits=self.digits,
             digit_size=self.digit_size,
             multi_label=self.multi_label,
@@ -299,6 +300,12 @@ def _tight(ink: NDArray[Any]) -> tuple[int, int, int, int]:
     """x1, y1, x2, y2 around everything that is not zero."""
     rows, columns = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def _side(image_size: Any) -> int:
+    if not isinstance(image_size, int):
+        raise UsageError(f"data.image_size={image_size} is no side of the square scenes: type data.image_size=64")
+    return image_size
 
 
 def _range(option: str, given: Any, *, least: float, most: float) -> tuple[Any, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -77,7 +77,7 @@ class ImageFolder(DataModule):
         val_fraction: float = 0.1,
         test_fraction: float = 0.1,
         mirror: bool = True,
-        image_size: int = 224,
+        image_size: int | Sequence[int] = 224,
         **options: Any,
     ) -> None:
         super().__init__(image_size=image_size, **options)

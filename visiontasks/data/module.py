@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 import visiontasks.data as exported
 from visiontasks.contracts import Batch, Sample, Transform, UsageError
 from visiontasks.data.images import BadFile
+from visiontasks.data.masks import MaskFiles, Survey, median_frequency, survey
 from visiontasks.data.sampling import EpochSampler, too_large_a_batch
 from visiontasks.data.source import Cached, CacheKind, Source
 
@@ -27,6 +28,7 @@ BadEntry = tuple[str, str, str]  # split, name, reason
 SPLITS = ("train", "val", "test")
 _PER_OBJECT = frozenset({"bboxes", "labels", "masks", "crowd", "area"})
 _WITH_BOXES = frozenset({"crowd", "area"})  # what evaluation wants to know of each box, where the data say it
+_PIXELS = frozenset({"image", "mask"})
 _SHAPES = {"image": 3, "mask": 2, "masks": 3, "bboxes": 2, "labels": 1, "crowd": 1, "area": 1}
 _DTYPES = {
     "image": np.uint8,
@@ -45,16 +47,17 @@ class DataModule(LightningDataModule):
     A batch is a dict of "image" uint8 (B, 3, H, W) in channels-last memory, "index" (B,), and whichever of these the
     data provide: "label" (B,) int64 or (B, K) float32, "mask" (B, H, W) uint8, and, as lists of one tensor an image,
     "bboxes" (N, 4) float32 xyxy pixels, "labels" (N,) int64, "masks" (N, H, W) uint8, and in evaluation "crowd" (N,)
-    uint8 and "area" (N,) float64 where the data know them. Each sample's augmentation is a
+    uint8 and "area" (N,) float64 where the data know them. Where images differ in size, as an evaluation transform may
+    leave them, "image" and "mask" are lists too, of (3, H, W) and (H, W). Each sample's augmentation is a
     function of (seed, epoch, index), its place in the order one of (seed, epoch). Files that cannot be read are the
     entry "bad", a list of (split, name, reason), until on_before_batch_transfer takes it out.
 
-    `train_transform` and `eval_transform` are factories, called with size= and mirror= (and boxes=True where samples
-    have boxes); None means visiontasks.data.augment's crop_and_colour and resize_and_crop. `num_workers=None` means
-    none without a GPU and else up to 8 for each. `cache` keeps decoded images in "ram" or on "disk" (see Cached):
-    those of training shrunk to a short side of 8/7 of image_size, where they have no boxes and masks; the others as
-    they are. `max_bad_fraction` is the share of a split's files that may be bad (left out, and named in `bad_files`)
-    before training stops; with 0 the first one stops it.
+    `image_size` is the side of a square, or height and width. `train_transform` and `eval_transform` are factories,
+    called with size= and mirror= (and boxes=True where samples have boxes); None means visiontasks.data.augment's
+    crop_and_colour and resize_and_crop. `num_workers=None` means none without a GPU and else up to 8 for each. `cache`
+    keeps decoded images in "ram" or on "disk" (see Cached): those of training shrunk to a short side of 8/7 of
+    image_size, where they have no boxes and masks; the others as they are. `max_bad_fraction` is the share of a split's
+    files that may be bad (left out, and named in `bad_files`) before training stops; with 0 the first one stops it.
     """
 
     provides: frozenset[str] = frozenset()  # the annotations that samples have, in the words of contracts.Sample
@@ -66,7 +69,7 @@ class DataModule(LightningDataModule):
     def __init__(
         self,
         *,
-        image_size: int,
+        image_size: int | Sequence[int],
         batch_size: int = 32,
         num_workers: int | None = None,
         train_transform: TransformFactory | None = None,
@@ -76,7 +79,7 @@ class DataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.image_size = image_size
+        self.image_size = _side_or_sides(image_size)
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.train_transform = train_transform
@@ -90,6 +93,7 @@ class DataModule(LightningDataModule):
         self._selected: frozenset[str] | None = None
         self._sources: dict[str, Source] = {}
         self._caches: dict[tuple[str, bool], Source] = {}
+        self._surveys: dict[str, Survey] = {}
 
     def source(self, split: str) -> Source:
         """The decoded samples of "train", "val" or "test", with at least the annotations in `keys`."""
@@ -120,14 +124,17 @@ class DataModule(LightningDataModule):
         if needs != self.keys:
             self._sources.clear()
             self._caches.clear()
+            self._surveys.clear()
         self._selected = needs
 
     def setup(self, stage: str | None = None) -> None:  # noqa: ARG002, Lightning names the stage
         """Find the data and check them; needs no Trainer, and does nothing the second time.
 
         Under a Trainer whose task has the attribute `needs`, `select` is called with it.
-        Raises UsageError where a split is empty, classes are missing, samples are not as promised, or the batch size is
-        larger than the training data.
+        Where the data are mask files and "mask" is selected, every training and validation mask is looked at (the
+        result is kept on disk, see `survey`), so that a wrong one is known before training.
+        Raises UsageError where a split is empty, classes are missing, samples are not as promised, the batch size is
+        larger than the training data, or bad files are more than max_bad_fraction.
         """
         task = self.trainer.lightning_module if self.trainer else None
         needs = getattr(task, "needs", None)
@@ -142,6 +149,20 @@ class DataModule(LightningDataModule):
     def sizes(self) -> dict[str, int]:
         """Number of images in each split."""
         return {split: len(source) for split, source in self._sources.items()}
+
+    def class_counts(self) -> NDArray[np.int64]:
+        """Pixels of each of `target_classes` in the training masks, (K,); ignored pixels count nowhere.
+
+        Raises UsageError where no masks are selected, or a mask holds what stands for no class.
+        """
+        return np.array(self._survey("train").pixels, np.int64)
+
+    def class_weights(self) -> list[float]:
+        """A weight for each of `target_classes` that makes rare ones count more, from the training masks.
+
+        By median frequency balancing, see `median_frequency`. Raises UsageError as class_counts does.
+        """
+        return median_frequency(self._survey("train"))
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled, augmented, in whole global batches."""
@@ -186,6 +207,28 @@ class DataModule(LightningDataModule):
                 f"or type data.max_bad_fraction={_rounded_up(len(known) / size)} (now {self.max_bad_fraction})"
             )
 
+    def _survey(self, split: str) -> Survey:
+        """What the masks of a split hold; the bad ones are noted."""
+        self.setup()
+        if "mask" not in self.keys:
+            raise UsageError(
+                f"Classes are counted in masks, and the task uses {_listed(self.keys) or 'images only'}: give class "
+                "weights as a list, one number a class"
+            )
+        if split not in self._surveys:
+            files = self._sources[split]
+            source = files if isinstance(files, MaskFiles) else self._decoded(split, shrink=split == "train")
+            self._surveys[split] = survey(source, len(self.target_classes))
+            self._note_all(split, self._surveys[split].bad)
+        return self._surveys[split]
+
+    def _note_all(self, split: str, bad: list[tuple[str, str]]) -> None:
+        """Note bad files, all before the first may raise; the error names the first."""
+        self.bad_files.update(bad)
+        self._bad[split].update(name for name, _ in bad)
+        if bad:
+            self._note(split, *bad[0])
+
     def _transform(self, *, train: bool, keys: frozenset[str]) -> Transform:
         from visiontasks.data.augment import crop_and_colour, resize_and_crop
 
@@ -204,7 +247,8 @@ class DataModule(LightningDataModule):
         if self.cache is None:
             return self._sources[split]
         if (split, shrink) not in self._caches:
-            size = -(-self.image_size * 8 // 7) if shrink else None
+            side = self.image_size if isinstance(self.image_size, int) else max(self.image_size)
+            size = -(-side * 8 // 7) if shrink else None
             self._caches[split, shrink] = Cached(self._sources[split], self.cache, size=size)
         return self._caches[split, shrink]
 
@@ -237,8 +281,14 @@ class DataModule(LightningDataModule):
             raise UsageError(f"data.batch_size={self.batch_size} is no batch: give 1 or more")
         if self.batch_size > self.sizes()["train"]:
             raise UsageError(too_large_a_batch(self.batch_size, 1, self.sizes()["train"]))
+        self._check_masks()
         for split, source in self._sources.items():
             self._check_sample(split, source)
+
+    def _check_masks(self) -> None:
+        for split in ("train", "val"):
+            if "mask" in self.keys and isinstance(self._sources[split], MaskFiles):
+                self._survey(split)
 
     def _check_sample(self, split: str, source: Source) -> None:
         try:
@@ -311,7 +361,10 @@ class _Others(Sequence[Sample]):
 
 
 def collate(items: list[Sample | BadEntry]) -> Batch:
-    """Stack samples to a batch; a BadEntry goes to its entry "bad", which is there only when it is needed."""
+    """Stack samples to a batch; a BadEntry goes to its entry "bad", which is there only when it is needed.
+
+    Images, or masks, that differ in size become a list of one tensor each.
+    """
     bad = [item for item in items if isinstance(item, tuple)]
     samples: list[Any] = [item for item in items if not isinstance(item, tuple)]
     batch: Batch = {key: _collated(key, [sample[key] for sample in samples]) for key in _keys(samples)}
@@ -339,8 +392,16 @@ def _keys(samples: list[Any]) -> tuple[str, ...]:
 def _collated(key: str, values: list[Any]) -> Tensor | list[Tensor]:
     if key in _PER_OBJECT:
         return [torch.from_numpy(np.ascontiguousarray(value, _DTYPES[key])) for value in values]
-    stacked = torch.from_numpy(np.stack([np.asarray(value) for value in values]))
+    arrays = [np.asarray(value) for value in values]
+    if key in _PIXELS and len({array.shape for array in arrays}) > 1:
+        return [_listed_pixels(array) for array in arrays]
+    stacked = torch.from_numpy(np.stack(arrays))
     return stacked.permute(0, 3, 1, 2) if key == "image" else stacked  # (B, 3, H, W)
+
+
+def _listed_pixels(array: NDArray[np.uint8]) -> Tensor:
+    pixels = torch.from_numpy(np.ascontiguousarray(array))
+    return pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels  # (3, H, W) or (H, W)
 
 
 def _check_array(name: str, key: str, array: NDArray[Any]) -> None:
@@ -354,6 +415,13 @@ def _check_array(name: str, key: str, array: NDArray[Any]) -> None:
 def _provided(thing: object) -> frozenset[str]:
     concrete = isinstance(thing, type) and issubclass(thing, DataModule) and thing is not DataModule
     return cast(type[DataModule], thing).provides if concrete else frozenset()
+
+
+def _side_or_sides(given: int | Sequence[int]) -> int | tuple[int, int]:
+    sides = (given,) if isinstance(given, int) else tuple(given)
+    if len(sides) > 2 or not sides or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise UsageError(f"data.image_size={given} is no size: give one side, or [height,width], in pixels")
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
 
 
 def _conf_name(name: str) -> str:

@@ -165,9 +165,8 @@ class Cached:
 
 def fingerprint(source: Source, size: int | None) -> str:
     """A name for what a source holds: other files, times, options or annotations give another one."""
-    digest = hashlib.sha256(repr((len(source), size)).encode())
-    for index in range(len(source)):
-        name = source.name(index)
+    digest = hashlib.sha256(repr((len(source), size, getattr(source, "reading", ""))).encode())
+    for name in _files(source):
         digest.update(os.fsencode(name))
         if os.path.isfile(name):  # noqa: PTH113, five times as fast as Path over a million names
             status = os.stat(name)  # noqa: PTH116
@@ -175,6 +174,13 @@ def fingerprint(source: Source, size: int | None) -> str:
     for index in sorted({0, len(source) // 2, len(source) - 1}):
         digest.update(_digest_of(source, index))
     return digest.hexdigest()[:32]
+
+
+def _files(source: Source) -> Iterator[str]:
+    """The files of every sample: what the source says in `files(index)`, where it has that method, else its names."""
+    files = getattr(source, "files", None)
+    for index in range(len(source)):
+        yield from files(index) if files else (source.name(index),)
 
 
 def user_cache() -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import gzip
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,7 +31,12 @@ class _Published(DataModule):
     provides = frozenset({"label"})
 
     def __init__(
-        self, *, root: str | Path = "data", val_fraction: float = 0.1, image_size: int = 32, **options: Any
+        self,
+        *,
+        root: str | Path = "data",
+        val_fraction: float = 0.1,
+        image_size: int | Sequence[int] = 32,
+        **options: Any,
     ) -> None:
         super().__init__(image_size=image_size, **options)
         self.root = Path(root)
@@ -102,7 +107,7 @@ class MNIST(_Published):
     mirror = False
     places: ClassVar[tuple[Path, ...]] = ()  # looked at when `root` has nothing
 
-    def __init__(self, *, image_size: int = 28, **options: Any) -> None:
+    def __init__(self, *, image_size: int | Sequence[int] = 28, **options: Any) -> None:
         super().__init__(image_size=image_size, **options)
 
     def read_classes(self) -> tuple[str, ...]:
