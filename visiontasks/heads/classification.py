@@ -1,5 +1,7 @@
 """Heads that turn the coarsest level of a pyramid into class scores."""
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from visiontasks.contracts import Level
@@ -10,6 +12,8 @@ class Linear(nn.Module):
 
     Shapes: a pyramid whose last map is (B, C, H, W) to logits (B, num_classes).
     """
+
+    serves: ClassVar[str] = "classification"
 
     def __init__(self, *, levels: tuple[Level, ...], num_classes: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -26,6 +30,8 @@ class MLP(nn.Module):
 
     Shapes: a pyramid whose last map is (B, C, H, W) to logits (B, num_classes).
     """
+
+    serves: ClassVar[str] = "classification"
 
     def __init__(self, *, levels: tuple[Level, ...], num_classes: int, hidden: int = 512, dropout: float = 0.2) -> None:
         super().__init__()
@@ -47,6 +53,8 @@ class VGG(nn.Module):
     Shapes: a pyramid whose last map is (B, C, H, W) to logits (B, num_classes); other grids are pooled or repeated
     to grid x grid.
     """
+
+    serves: ClassVar[str] = "classification"
 
     def __init__(
         self,
