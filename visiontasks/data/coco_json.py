@@ -50,7 +50,7 @@ class CocoJson(ObjectData):
         categories = _categories(read)
         if not any(annotation.get("segmentation") for _, data in read.values() for annotation in data["annotations"]):
             self.provides = type(self).provides - {"masks"}
-        masks = "masks" in self.keys
+        masks = "masks" in self.keys & self.provides
         tables = {
             split: _table(path, data, folder=self._folder(path, data), categories=categories, masks=masks)
             for split, (path, data) in read.items()

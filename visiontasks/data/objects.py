@@ -43,8 +43,8 @@ def scale_and_crop_objects(
     """Scale at random, cut or pad to the size around a random object, mirror half the time, jitter the colours.
 
     `scale` is a factor on the largest scale at which the whole image fits; its logarithm is uniform. An object remains
-    where at least `visible` of its box's area, and a pixel each way, is left; where it has a mask, the box of one that
-    was cut is tight around what is left of the mask.
+    where at least `visible` of its box's area, and a pixel each way, is left; a box that is off its mask by more than
+    a pixel, as after a cut, becomes tight around what is left of the mask.
     `mosaic`, `mixup` and `copy_paste` are the probabilities of joining in other training images: four in a random grid
     (Bochkovskiy et al. 2020, arXiv 2004.10934), the blend of two with the objects of both (Zhang et al. 2019,
     arXiv 1902.04103), and some objects of another pasted by their masks (Ghiasi et al. 2020, arXiv 2012.07177).
@@ -125,7 +125,7 @@ class ObjectAugment(_Own):
         others: Sequence[Sample] = data.pop("others", ())
         if len(others) and data.keys() & {"label", "mask"}:
             raise UsageError(
-                "mosaic, mixup and copy_paste join boxes, labels and masks of objects alone: type 0 for all three"
+                "mosaic, mixup and copy_paste join objects, and these samples have more: type 0 for all three"
             )
         bare = {} if "bboxes" in data else {"bboxes": np.zeros((0, 4), np.float32)}
         sample = self._scene(cast(Sample, data | bare), others)
@@ -232,20 +232,20 @@ def placed(sample: Sample, place: Placement, size: Shape, *, fill: int, visible:
     edges = [across + place.shape[1], down + place.shape[0]]
     clipped = np.clip(whole, [across, down] * 2, edges * 2).astype(np.float32)
     kept = np.flatnonzero(_enough(clipped) & (_area(clipped) >= visible * _area(whole)))
-    cut = np.abs(clipped - whole).max(1, initial=0) > 1e-3
     moved = rows_of(moved | Sample(bboxes=clipped), kept)
     if "masks" not in sample:
         return moved
     masks = np.zeros((len(kept), *size), np.uint8)
     for mask, given in zip(masks, moved["masks"], strict=True):
         mask[inside] = _nearest(given[top:bottom, left:right], place.shape)
-    return tightened(moved | Sample(masks=masks), cut[kept])
+    return tightened(moved | Sample(masks=masks))
 
 
-def tightened(sample: Sample, rows: NDArray[np.bool_]) -> Sample:
-    """Give the objects of these rows the tight box of their mask, and drop those that show too little."""
+def tightened(sample: Sample) -> Sample:
+    """Give objects whose box is off their mask by more than a pixel its tight box; drop those that show too little."""
     tight = tight_boxes(sample["masks"])
-    boxes = np.where(rows[:, None], tight, sample["bboxes"]).astype(np.float32)
+    off = np.abs(tight - sample["bboxes"]).max(1, initial=0) > 1
+    boxes = np.where(off[:, None], tight, sample["bboxes"])
     kept = np.flatnonzero(_enough(tight) & _enough(boxes))
     return rows_of(sample | Sample(bboxes=boxes), kept)
 
@@ -288,12 +288,12 @@ def blended(sample: Sample, other: Sample, share: float) -> Sample:
 
 def pasted(sample: Sample, other: Sample, *, visible: float) -> Sample:
     """Lay the other's objects over the sample; of those below remain the ones of which `visible` can still be seen."""
-    cover = other["masks"].any(0)  # (H, W)
-    image = np.where(cover[..., None], other["image"], sample["image"])
-    masks = sample["masks"] * ~cover
+    cover = other["masks"].max(0, initial=0)  # (H, W)
+    image = np.where(cover[..., None] > 0, other["image"], sample["image"])
+    masks = sample["masks"] * (1 - cover)
     before, after = (given.sum((1, 2), dtype=np.int64) for given in (sample["masks"], masks))
     seen = np.flatnonzero((after > 0) & (after >= visible * before))
-    below = tightened(rows_of(sample | Sample(masks=masks), seen), (after < before)[seen])
+    below = tightened(rows_of(sample | Sample(masks=masks), seen))
     return joined(sample | Sample(image=image), [below, other])
 
 

@@ -41,10 +41,10 @@ class YoloTxt(ObjectData):
         lines = {split: [(image, *_lines(image)) for image in files] for split, files in images.items()}
         if not any(written.is_file() for part in lines.values() for _, written, _ in part):
             raise UsageError(f"None of the images of {path} has a label file, such as {_labels(images['train'][0])}")
-        polygons = any(len(line.split()) > 5 for part in lines.values() for *_, text in part for line in text)
+        polygons = any(_is_polygon(line.split()) for part in lines.values() for *_, text in part for line in text)
         if not polygons:
             self.provides = type(self).provides - {"masks"}
-        masks = "masks" in self.keys
+        masks = "masks" in self.keys & self.provides
         tables = {split: _table(part, len(classes), masks=masks) for split, part in lines.items()}
         _orphans(tables["train"], images)
         return Annotations(classes, tuple(range(len(classes))), tables)
@@ -158,8 +158,7 @@ def _add(table: Table, image: int, words: list[str], number: int, *, classes: in
 
 
 def _word_fault(words: list[str], classes: int) -> Fault | None:
-    polygon = len(words) > 5 and len(words) % 2 == 1
-    if len(words) != 5 and not (polygon and len(words) >= 7):
+    if len(words) != 5 and not _is_polygon(words):
         return "count mismatch", f"has {len(words)} numbers: expected a class and four numbers, or three or more points"
     try:
         numbers = [float(word) for word in words]
@@ -168,6 +167,10 @@ def _word_fault(words: list[str], classes: int) -> Fault | None:
     if not math.isfinite(numbers[0]) or numbers[0] not in range(classes):
         return "unknown label", f"has class {words[0]}, and there are 0 to {classes - 1}"
     return None
+
+
+def _is_polygon(words: list[str]) -> bool:
+    return len(words) >= 7 and len(words) % 2 == 1
 
 
 def _mask_fault(outline: Outline | None, size: tuple[int, int]) -> Fault | None:
