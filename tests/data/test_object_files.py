@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -112,7 +113,7 @@ def test_masks_that_are_not_there_are_not_provided(tmp_path: Path) -> None:
     data = CocoJson(tmp_path, **quick())
     data.setup()
     assert data.provides == {"bboxes", "labels"}
-    with pytest.raises(UsageError, match=r"needs bboxes, labels, masks and coco_json provides bboxes, labels"):
+    with pytest.raises(UsageError, match=r"needs masks and coco_json provides bboxes, labels:"):
         CocoJson(tmp_path, **quick()).select(frozenset({"bboxes", "labels", "masks"}))
 
 
@@ -300,3 +301,15 @@ def test_people_in_photographs(shared_data: Path) -> None:
     data.setup()
     assert data.sizes() == {"train": 120, "val": 50, "test": 50}
     assert sum(len(data.objects()[split].labels) for split in ("train", "val")) == 423
+
+
+def test_a_run_says_what_was_repaired(tmp_path: Path) -> None:
+    from visiontasks.callbacks.report import repaired
+
+    content = coco(tmp_path)
+    content["annotations"].append(coco_object(99, 8, (30, 8, 47, 20)))
+    write_coco(tmp_path, content)
+    data = CocoJson(tmp_path, bad_annotations="repair", **quick())
+    data.setup()
+    (line,) = repaired(SimpleNamespace(datamodule=data))  # type: ignore[arg-type]
+    assert line.endswith("has the box (30, 8, 47, 20) in 40 x 30 pixels, which reaches over the image's edge: clipped")

@@ -32,7 +32,8 @@ class Report(Callback):
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.is_global_zero:
-            print("\n".join(introduction(trainer, module)), flush=True)
+            lines = [*introduction(trainer, module), *(f"repaired   {line}" for line in repaired(trainer))]
+            print("\n".join(lines), flush=True)
 
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:  # noqa: ARG002
         self._resumed_at = time.perf_counter()
@@ -78,6 +79,7 @@ class Report(Callback):
             "precision": str(trainer.precision),
             "processes": world_size(),
             "bad_files": bad_files(trainer),
+            "repaired": repaired(trainer),
             "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         }
 
@@ -96,6 +98,11 @@ def bad_files(trainer: Trainer) -> dict[str, str]:
     parts: list[dict[str, str]] = [{} for _ in range(world_size())]
     dist.all_gather_object(parts, own)
     return {name: reason for part in parts for name, reason in part.items()}
+
+
+def repaired(trainer: Trainer) -> list[str]:
+    """What the data module mended in the annotations before training, one line each."""
+    return list(getattr(getattr(trainer, "datamodule"), "repaired", ()))  # noqa: B009
 
 
 def introduction(trainer: Trainer, module: Any) -> list[str]:
