@@ -327,6 +327,11 @@ def test_a_stride_finer_than_the_image_is_refused() -> None:
         UNet(levels=LEVELS, num_classes=3, stride=0)
 
 
+@pytest.mark.parametrize("head", HEADS)
+def test_heads_serve_segmentation(head: str) -> None:
+    assert make(from_conf(head), LEVELS).serves == "segmentation"
+
+
 def test_classification_waits_for_no_segmentation_head() -> None:
     script = "import sys; from visiontasks.heads import Linear; print('torchvision' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -1,6 +1,7 @@
 """Atrous spatial pyramid pooling, alone and with a decoder."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,8 @@ class DeepLabV3(nn.Module):
     Raises:
         UsageError: when it trains on a batch of one image, which the batch norm after the pooling cannot.
     """
+
+    serves: ClassVar[str] = "segmentation"
 
     def __init__(self, *, levels: tuple[Level, ...], num_classes: int, rates: Sequence[int] | None = None) -> None:
         super().__init__()
@@ -53,6 +56,8 @@ class DeepLabV3Plus(nn.Module):
     Raises:
         UsageError: when it trains on a batch of one image, which the batch norm after the pooling cannot.
     """
+
+    serves: ClassVar[str] = "segmentation"
 
     def __init__(
         self,

@@ -1,5 +1,7 @@
 """Fully convolutional heads: the first ones with summed skips, and the two convolutions of today."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torchvision.models.segmentation.fcn import FCNHead
@@ -14,6 +16,8 @@ class FCN(nn.Module):
     Shapes: a pyramid to logits (B, num_classes, h, w) at the coarsest level's stride. The layers and their names are
     those of torchvision's FCNHead.
     """
+
+    serves: ClassVar[str] = "segmentation"
 
     def __init__(self, *, levels: tuple[Level, ...], num_classes: int) -> None:
         super().__init__()
@@ -37,6 +41,8 @@ class SkipFCN(nn.Module):
     Args:
         skips: how many levels beside the coarsest are scored; all there are, where a pyramid has fewer.
     """
+
+    serves: ClassVar[str] = "segmentation"
 
     def __init__(self, *, levels: tuple[Level, ...], num_classes: int, skips: int = 2) -> None:
         super().__init__()

@@ -1,6 +1,7 @@
 """The semantic branch of Panoptic FPN."""
 
 from math import gcd
+from typing import ClassVar
 
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
@@ -21,6 +22,8 @@ class FPN(nn.Module):
         pyramid_width: channels of the feature pyramid network.
         width: channels of the steps, in 32 groups or as many as divide both.
     """
+
+    serves: ClassVar[str] = "segmentation"
 
     def __init__(
         self, *, levels: tuple[Level, ...], num_classes: int, pyramid_width: int = 256, width: int = 128

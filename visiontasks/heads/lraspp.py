@@ -1,5 +1,7 @@
 """The light head of MobileNetV3."""
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 from torchvision.models.segmentation.lraspp import LRASPPHead
 
@@ -18,6 +20,8 @@ class LRASPP(nn.Module):
     Args:
         width: channels of the coarsest level's convolution.
     """
+
+    serves: ClassVar[str] = "segmentation"
 
     def __init__(self, *, levels: tuple[Level, ...], num_classes: int, width: int = 128) -> None:
         super().__init__()

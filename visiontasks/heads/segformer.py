@@ -1,5 +1,7 @@
 """The decoder of SegFormer."""
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from visiontasks.contracts import Level
@@ -18,6 +20,8 @@ class SegFormerMLP(nn.Module):
         width: channels of the decoder: 256 in SegFormer-B0 and B1, 768 in the larger ones.
         dropout: share of channels that training leaves out before the scores.
     """
+
+    serves: ClassVar[str] = "segmentation"
 
     def __init__(self, *, levels: tuple[Level, ...], num_classes: int, width: int = 256, dropout: float = 0.1) -> None:
         super().__init__()

@@ -1,5 +1,7 @@
 """The decoder of U-Net over a pyramid."""
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,6 +27,8 @@ class UNet(nn.Module):
     Raises:
         UsageError: if stride is below 1.
     """
+
+    serves: ClassVar[str] = "segmentation"
 
     def __init__(self, *, levels: tuple[Level, ...], num_classes: int, width: int = 64, stride: int = 4) -> None:
         super().__init__()
