@@ -10,13 +10,15 @@ from numpy.typing import NDArray
 
 from visiontasks.contracts import UsageError
 from visiontasks.data.colour import ColourMatrix
+from visiontasks.data.scaled_crop import IGNORE as IGNORE
+from visiontasks.data.scaled_crop import ScaledCrop, ShortSide, resized
 
 Size = int | Sequence[int]  # one side of a square, or (height, width)
 Range = Sequence[float]  # (least, most)
 Colour = Literal["matrix", "sequential"]
 
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13  # PIL's filter of that name
-IGNORE = 255  # what a semantic mask says where the augmented image shows nothing of the original
+_GREY = (124, 116, 104)  # the mean colour of ImageNet
 
 
 def crop_and_colour(
@@ -57,6 +59,49 @@ def resize_and_crop(*, size: Size, mirror: bool = False, boxes: bool = False, fr
     already has the size comes back unchanged. `mirror` is taken, and not used, so that all factories are called alike.
     """
     return compose([CentreWindow(size=_pair(size), fraction=fraction)], boxes=boxes)
+
+
+def scale_and_crop(
+    *,
+    size: Size,
+    mirror: bool,
+    boxes: bool = False,
+    scale: Range = (0.5, 2.0),
+    short_side: int | None = None,
+    rotation: float = 0.0,
+    brightness: float = 0.4,
+    contrast: float = 0.4,
+    saturation: float = 0.4,
+    hue: float = 0.1,
+    colour: Colour = "matrix",
+) -> A.Compose:
+    """Scale by a random factor, cut a random window or pad to the size, mirror half the time, jitter the colours.
+
+    The recipe of semantic segmentation (Chen et al. 2017, arXiv 1706.05587, section 4.1): the shape of things is kept,
+    and where the image ends the mask says 255 = ignore. `scale` is a factor on the image as it is, or, with
+    `short_side`, on the scale at which its short side has that length. `rotation` is the largest angle in degrees.
+    Raises UsageError where scale is no range of factors, or `colour` is a word that is not known.
+    """
+    if not 0 < scale[0] <= scale[1]:
+        raise UsageError(f"scale={list(scale)} is no range of factors: type augment.train.scale=[0.5,2.0]")
+    strengths = {"brightness": brightness, "contrast": contrast, "saturation": saturation, "hue": hue}
+    coloured = _coloured(colour, **strengths)
+    jitter = coloured.pop() if colour == "matrix" and coloured else None
+    factors = (scale[0], scale[1])
+    steps = [
+        ScaledCrop(_pair(size), factors, short_side=short_side, mirror=mirror, jitter=jitter, fill=_GREY),
+        *_turned(rotation=rotation, shear=0.0, boxes=boxes, fill=_GREY),
+        *coloured,
+    ]
+    return compose(steps, boxes=boxes)
+
+
+def native(*, size: Size, mirror: bool = False, boxes: bool = False, short_side: int | None = None) -> A.Compose:  # noqa: ARG001
+    """Leave the image as it is, or with `short_side` resize it to that: evaluation at the images' own sizes.
+
+    `size` and `mirror` are taken, and not used, so that all factories are called alike.
+    """
+    return compose([ShortSide(short_side)] if short_side else [], boxes=boxes)
 
 
 def pad_and_crop(*, size: Size, mirror: bool, boxes: bool = False, pad: int = 4, fill: int = 0) -> A.Compose:
@@ -198,7 +243,8 @@ class ObjectCompose(A.Compose):  # type: ignore[misc]
         if "masks" in moved:
             masks = np.asarray(moved["masks"], dtype=np.uint8)
             moved["masks"] = masks.reshape(-1, *moved["image"].shape[:2])[kept]  # (N, H, W)
-        return moved | {"bboxes": moved["bboxes"].astype(np.float32), "labels": moved["labels"][kept]}
+        each = {key: moved[key][kept] for key in ("labels", "crowd", "area") if key in moved}
+        return moved | each | {"bboxes": moved["bboxes"].astype(np.float32)}
 
 
 class RandomWindow(A.RandomResizedCrop):  # type: ignore[misc]
@@ -207,7 +253,7 @@ class RandomWindow(A.RandomResizedCrop):  # type: ignore[misc]
     def apply(self, img: NDArray[np.uint8], crop_coords: tuple[int, int, int, int], **_: Any) -> NDArray[np.uint8]:
         """Return the window as a new image of the wanted size."""
         left, top, right, bottom = crop_coords
-        return _resized(img[top:bottom, left:right], self.size)
+        return resized(img[top:bottom, left:right], self.size)
 
 
 class CentreWindow(RandomWindow):
@@ -226,23 +272,15 @@ class CentreWindow(RandomWindow):
         return {"crop_coords": (left, top, left + width, top + height)}
 
 
-def _resized(window: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
-    if window.shape[:2] == tuple(size):
-        return window
-    # From a factor of two on linear interpolation skips pixels; averaging sees them all, and costs 10 times as much
-    halved = min(window.shape[0] / size[0], window.shape[1] / size[1]) >= 2
-    return cv2.resize(window, size[::-1], interpolation=cv2.INTER_AREA if halved else cv2.INTER_LINEAR)  # type: ignore[no-any-return]
-
-
 def _mirrored(mirror: bool) -> list[A.HorizontalFlip]:
     return [A.HorizontalFlip(p=0.5)] if mirror else []
 
 
-def _turned(*, rotation: float, shear: float, boxes: bool) -> list[A.Affine]:
+def _turned(*, rotation: float, shear: float, boxes: bool, fill: int | tuple[int, int, int] = 0) -> list[A.Affine]:
     if rotation == shear == 0:
         return []
     angles = {"rotate": (-rotation, rotation), "shear": (-shear, shear)}
-    return [A.Affine(**angles, fill=0, fill_mask=_mask_fill(boxes), p=1.0)]
+    return [A.Affine(**angles, fill=fill, fill_mask=_mask_fill(boxes), p=1.0)]
 
 
 def _coloured(colour: Colour, **strengths: float) -> list[A.ImageOnlyTransform]:
