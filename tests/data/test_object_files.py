@@ -313,3 +313,17 @@ def test_a_run_says_what_was_repaired(tmp_path: Path) -> None:
     data.setup()
     (line,) = repaired(SimpleNamespace(datamodule=data))  # type: ignore[arg-type]
     assert line.endswith("has the box (30, 8, 47, 20) in 40 x 30 pixels, which reaches over the image's edge: clipped")
+
+
+def test_other_transforms_lose_crowds_with_their_boxes(tmp_path: Path) -> None:
+    from visiontasks.data.augment import resize_and_crop
+
+    content = coco(tmp_path)
+    for image in range(4):
+        content["annotations"].append(coco_object(20 + image, 7 + image, (36, 1, 40, 28), iscrowd=1))
+    write_coco(tmp_path, content)
+    data = CocoJson(tmp_path, eval_transform=resize_and_crop, **quick())
+    batch = next(iter(data.val_dataloader()))
+    assert batch["bboxes"][0].shape == (1, 4)
+    assert batch["crowd"][0].tolist() == [0]
+    assert batch["area"][0].tolist() == [300]

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from visiontasks.contracts import Sample, UsageError
 from visiontasks.data.annotations import tight_boxes
-from visiontasks.data.augment import IGNORE, Range, Size
+from visiontasks.data.augment import Range, Size
 from visiontasks.data.colour import ColourMatrix
+from visiontasks.data.scaled_crop import IGNORE, resized, resized_mask
 
 Shape = tuple[int, int]  # height, width
 
@@ -207,9 +208,9 @@ class Fit(_Own):
         canvas = (max(height, round(self.size[0] / scale)), max(width, round(self.size[1] / scale)))
         fitted = data | {"image": resized(_padded(data["image"], canvas, fill=self.fill), self.size)}
         if "mask" in data:
-            fitted["mask"] = _nearest(_padded(data["mask"], canvas, fill=IGNORE), self.size)
+            fitted["mask"] = resized_mask(_padded(data["mask"], canvas, fill=IGNORE), self.size)
         if "masks" in data:
-            masks = [_nearest(_padded(mask, canvas, fill=0), self.size) for mask in data["masks"]]
+            masks = [resized_mask(_padded(mask, canvas, fill=0), self.size) for mask in data["masks"]]
             fitted["masks"] = np.array(masks, np.uint8).reshape(-1, *self.size)
         if "bboxes" in data:
             fitted["bboxes"] = (data["bboxes"] * scale).astype(np.float32)
@@ -226,7 +227,7 @@ def placed(sample: Sample, place: Placement, size: Shape, *, fill: int, visible:
     moved = sample | Sample(image=canvas)
     if "mask" in sample:
         moved["mask"] = np.full(size, IGNORE, np.uint8)
-        moved["mask"][inside] = _nearest(sample["mask"][top:bottom, left:right], place.shape)
+        moved["mask"][inside] = resized_mask(sample["mask"][top:bottom, left:right], place.shape)
     scale = np.array([place.shape[1] / (right - left), place.shape[0] / (bottom - top)] * 2)
     whole = (sample["bboxes"] - np.array([left, top] * 2)) * scale + np.array([across, down] * 2)  # (N, 4)
     edges = [across + place.shape[1], down + place.shape[0]]
@@ -237,7 +238,7 @@ def placed(sample: Sample, place: Placement, size: Shape, *, fill: int, visible:
         return moved
     masks = np.zeros((len(kept), *size), np.uint8)
     for mask, given in zip(masks, moved["masks"], strict=True):
-        mask[inside] = _nearest(given[top:bottom, left:right], place.shape)
+        mask[inside] = resized_mask(given[top:bottom, left:right], place.shape)
     return tightened(moved | Sample(masks=masks))
 
 
@@ -307,20 +308,6 @@ def rows_of(sample: Sample, rows: NDArray[np.int64]) -> Sample:
     """The sample with these of its objects alone."""
     kept = {key: sample[key][rows] for key in _row_keys(sample)}  # type: ignore[literal-required]
     return cast(Sample, {**sample, **kept})
-
-
-def resized(image: NDArray[np.uint8], shape: Shape) -> NDArray[np.uint8]:
-    """The image at another shape; averaged where it is shrunk to half or less, since linear interpolation skips."""
-    if image.shape[:2] == shape:
-        return image
-    halved = min(image.shape[0] / shape[0], image.shape[1] / shape[1]) >= 2
-    return cv2.resize(image, shape[::-1], interpolation=cv2.INTER_AREA if halved else cv2.INTER_LINEAR)  # type: ignore[no-any-return]
-
-
-def _nearest(mask: NDArray[np.uint8], shape: Shape) -> NDArray[np.uint8]:
-    if mask.shape == shape:
-        return mask
-    return cv2.resize(mask, shape[::-1], interpolation=cv2.INTER_NEAREST_EXACT)  # type: ignore[no-any-return]
 
 
 def _padded(image: NDArray[np.uint8], shape: Shape, *, fill: int) -> NDArray[np.uint8]:
