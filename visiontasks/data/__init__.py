@@ -7,38 +7,50 @@ from typing import TYPE_CHECKING
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # albumentations would ask the network on import
 
 if TYPE_CHECKING:
+    from visiontasks.data.camvid import Camvid
     from visiontasks.data.coco_json import CocoJson
     from visiontasks.data.digit_scenes import DigitScenes
     from visiontasks.data.image_folder import ImageFiles, ImageFolder
     from visiontasks.data.images import BadFile
+    from visiontasks.data.mask_folder import MaskFolder
     from visiontasks.data.module import DataModule
     from visiontasks.data.penn_fudan import PennFudan
+    from visiontasks.data.semantic_sets import ADE20K, Cityscapes, OxfordPet, VocSegmentation
     from visiontasks.data.source import Source
     from visiontasks.data.torchvision_sets import CIFAR10, CIFAR100, MNIST, FashionMNIST
     from visiontasks.data.voc_xml import VocXml
     from visiontasks.data.yolo_txt import YoloTxt
 
 __all__ = [
+    "ADE20K",
     "CIFAR10",
     "CIFAR100",
     "MNIST",
     "BadFile",
+    "Camvid",
+    "Cityscapes",
     "CocoJson",
     "DataModule",
     "DigitScenes",
     "FashionMNIST",
     "ImageFiles",
     "ImageFolder",
+    "MaskFolder",
+    "OxfordPet",
     "PennFudan",
     "Source",
+    "VocSegmentation",
     "VocXml",
     "YoloTxt",
 ]
 
 _HOMES = {
+    "ADE20K": "semantic_sets",
     "BadFile": "images",
     "CIFAR10": "torchvision_sets",
     "CIFAR100": "torchvision_sets",
+    "Camvid": "camvid",
+    "Cityscapes": "semantic_sets",
     "CocoJson": "coco_json",
     "DataModule": "module",
     "DigitScenes": "digit_scenes",
@@ -46,8 +58,11 @@ _HOMES = {
     "ImageFiles": "image_folder",
     "ImageFolder": "image_folder",
     "MNIST": "torchvision_sets",
+    "MaskFolder": "mask_folder",
+    "OxfordPet": "semantic_sets",
     "PennFudan": "penn_fudan",
     "Source": "source",
+    "VocSegmentation": "semantic_sets",
     "VocXml": "voc_xml",
     "YoloTxt": "yolo_txt",
 }

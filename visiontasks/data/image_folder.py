@@ -47,7 +47,7 @@ def find_images(given: str | Path) -> list[Path]:
     """
     path = Path(given)
     if path.is_dir():
-        files = [file for file in _files(path) if file.suffix.lower() in SUFFIXES]
+        files = [file for file in visible_files(path) if file.suffix.lower() in SUFFIXES]
     else:
         files = [path] if path.is_file() else sorted(file for file in _matches(str(given)) if file.is_file())
     if not files:
@@ -143,11 +143,11 @@ class ImageFolder(DataModule):
             other = self.folders()["train"]
             raise UsageError(f"{folder} and {other} have other class folders: give both the same, empty ones too")
         if not names:
-            return ImageFiles(_some(_files(folder), folder))
+            return ImageFiles(_some(visible_files(folder), folder))
         loose = [file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file()]
         if loose:
             raise UsageError(f"{loose[0]} lies beside class folders and belongs to no class: move it into one of them")
-        pairs = [(file, label) for label, path in enumerate(names) for file in _files(path)]
+        pairs = [(file, label) for label, path in enumerate(names) for file in visible_files(path)]
         return ImageFiles(_some([file for file, _ in pairs], folder), [label for _, label in pairs])
 
 
@@ -167,7 +167,7 @@ def _class_folders(folder: Path) -> list[Path]:
     return _subfolders(folder)
 
 
-def _files(folder: Path) -> list[Path]:
+def visible_files(folder: Path) -> list[Path]:
     """All files below a folder but hidden ones and those in hidden folders, sorted by name."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return sorted(path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import gzip
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -60,26 +60,15 @@ class _Published(DataModule):
         raise NotImplementedError
 
     def _published(self, part: str) -> Any:
-        """torchvision's data set, downloaded under a lock so that processes started together do not collide."""
+        """torchvision's data set."""
         from torchvision import datasets
 
         cls = getattr(datasets, type(self).__name__)
-        try:
-            return cls(str(self.root), train=part == "train", download=False)
-        except (RuntimeError, OSError):
-            pass  # not there, or damaged: torchvision raises the one for both
-        try:
-            with _locked(self.root):
-                return cls(str(self.root), train=part == "train", download=True)
-        except (RuntimeError, OSError) as error:
-            raise UsageError(self._absent(error)) from error
 
-    def _absent(self, error: Exception) -> str:
-        return (
-            f"{type(self).__name__} is not in {self.root.absolute()} and could not be downloaded "
-            f"({' '.join(str(error).split())[:120]}): put its files there as torchvision lays them out, "
-            "or type data.root=FOLDER"
-        )
+        def make(download: bool) -> Any:
+            return cls(str(self.root), train=part == "train", download=download)
+
+        return published(make, root=self.root, name=type(self).__name__)
 
 
 class CIFAR10(_Published):
@@ -146,6 +135,25 @@ class FashionMNIST(MNIST):
         from torchvision import datasets
 
         return tuple(datasets.FashionMNIST.classes)
+
+
+def published(make: Callable[[bool], Any], *, root: Path, name: str) -> Any:
+    """What `make(False)` reads from root, or else `make(True)` downloads into it: one process at a time.
+
+    Raises UsageError where neither can be done.
+    """
+    try:
+        return make(False)
+    except (RuntimeError, OSError):
+        pass  # not there, or damaged: torchvision raises the one for both
+    try:
+        with _locked(root):
+            return make(True)
+    except (RuntimeError, OSError) as error:
+        raise UsageError(
+            f"{name} is not in {root.absolute()} and could not be downloaded ({' '.join(str(error).split())[:120]}): "
+            "put its files there as torchvision lays them out, or type data.root=FOLDER"
+        ) from error
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:
