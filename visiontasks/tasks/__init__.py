@@ -1,5 +1,6 @@
 """Learning problems, each a LightningModule."""
 
 from visiontasks.tasks.classification import Classification
+from visiontasks.tasks.segmentation import Segmentation
 
-__all__ = ["Classification"]
+__all__ = ["Classification", "Segmentation"]

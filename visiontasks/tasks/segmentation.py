@@ -66,7 +66,8 @@ class Segmentation(Task):
         self.overlap = _share(overlap)
         self.scales = _scales(scales)
         self.flips = flips
-        self.metrics = SegmentationMetrics(len(classes), losses=tuple(self.losses), boundary_f1=boundary_f1)
+        shares = {name: term.weight for name, term in self.losses.items()}
+        self.metrics = SegmentationMetrics(len(classes), losses=shares, boundary_f1=boundary_f1)
         weights = self._weights(class_weights)
         self.class_weights: Tensor | None
         self.register_buffer("class_weights", weights, persistent=False)
@@ -125,10 +126,10 @@ class Segmentation(Task):
             return self(images)  # type: ignore[no-any-return]
         return _log(windowed(self, images, window=self.window, overlap=self.overlap))
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> list[Tensor]:  # noqa: ARG002
+    def validation_step(self, batch: Batch, batch_idx: int) -> Any:  # noqa: ARG002
         return self._evaluation_step(batch)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> list[Tensor]:  # noqa: ARG002
+    def test_step(self, batch: Batch, batch_idx: int) -> Any:  # noqa: ARG002
         return self._evaluation_step(batch)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[Tensor]:  # noqa: ARG002
