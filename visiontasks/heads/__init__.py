@@ -7,6 +7,11 @@ from visiontasks.heads.classification import MLP, VGG, Linear
 
 if TYPE_CHECKING:
     from visiontasks.heads.deeplab import DeepLabV3, DeepLabV3Plus
+    from visiontasks.heads.detection.faster_rcnn import FasterRCNN
+    from visiontasks.heads.detection.fcos import FCOS
+    from visiontasks.heads.detection.mask_rcnn import MaskRCNN
+    from visiontasks.heads.detection.retinanet import RetinaNet
+    from visiontasks.heads.detection.ssd import SSD
     from visiontasks.heads.fcn import FCN, SkipFCN
     from visiontasks.heads.fpn import FPN
     from visiontasks.heads.lraspp import LRASPP
@@ -15,13 +20,18 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FCN",
+    "FCOS",
     "FPN",
     "LRASPP",
     "MLP",
+    "SSD",
     "VGG",
     "DeepLabV3",
     "DeepLabV3Plus",
+    "FasterRCNN",
     "Linear",
+    "MaskRCNN",
+    "RetinaNet",
     "SegFormerMLP",
     "SkipFCN",
     "UNet",
@@ -31,8 +41,13 @@ _MODULES = {
     "DeepLabV3": "deeplab",
     "DeepLabV3Plus": "deeplab",
     "FCN": "fcn",
+    "FCOS": "detection.fcos",
     "FPN": "fpn",
+    "FasterRCNN": "detection.faster_rcnn",
     "LRASPP": "lraspp",
+    "MaskRCNN": "detection.mask_rcnn",
+    "RetinaNet": "detection.retinanet",
+    "SSD": "detection.ssd",
     "SegFormerMLP": "segformer",
     "SkipFCN": "fcn",
     "UNet": "unet",
@@ -40,7 +55,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a dense head when it is asked for, so that classification does not wait for torchvision."""
+    """Imports a dense or detection head when it is asked for: classification does not wait for torchvision."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,0 +1,1 @@
+"""Pyramids to objects: raw predictions with their geometry, their losses and the boxes that they say."""
