@@ -28,7 +28,7 @@ def pixel_cross_entropy(
     """
     target = target.long()
     total = _cross_entropy(logits, target, weight=weight, label_smoothing=label_smoothing, reduction="sum")
-    return total, _weight_of(target, weight).sum().to(total.dtype)
+    return total, _sum(_weight_of(target, weight)).to(total.dtype)
 
 
 def focal(logits: Tensor, target: Tensor, *, weight: Tensor | None = None, gamma: float = 2.0) -> tuple[Tensor, Tensor]:
@@ -45,7 +45,7 @@ def focal(logits: Tensor, target: Tensor, *, weight: Tensor | None = None, gamma
     doubt = doubt.clamp(min=torch.finfo(doubt.dtype).tiny)  # a root has no slope at 0
     weights = _weight_of(target, weight)  # (B, H, W)
     total = (doubt**gamma * surprise * weights).sum()
-    return total, weights.sum().to(total.dtype)
+    return total, _sum(weights).to(total.dtype)
 
 
 def ohem(
@@ -70,7 +70,7 @@ def ohem(
     surprise = _cross_entropy(logits, target, reduction="none")  # (B, H, W) -log p
     weights = _weight_of(target, weight) * _hard(surprise.detach(), target != IGNORE, threshold, min_kept)
     total = (surprise * weights).sum()
-    return total, weights.sum().to(total.dtype)
+    return total, _sum(weights).to(total.dtype)
 
 
 def _hard(surprise: Tensor, valid: Tensor, threshold: float, min_kept: float) -> Tensor:
@@ -93,10 +93,9 @@ def dice(logits: Tensor, target: Tensor, *, absent: bool = False, smooth: float 
         raise UsageError(f"The Dice loss's smooth is {smooth}: give 0 or more, and more than 0 with absent=true.")
     probabilities = _precise(logits).softmax(dim=1)  # (B, K, H, W)
     here = _one_hot(target, logits.shape[1])  # (B, K, H, W)
-    valid = here.any(dim=1, keepdim=True)  # (B, 1, H, W)
-    overlap = (probabilities * here).sum(dim=(2, 3))  # (B, K)
-    predicted = (probabilities.square() * valid).sum(dim=(2, 3))  # (B, K)
-    true = here.sum(dim=(2, 3))  # (B, K)
+    overlap = probabilities.where(here, 0).sum(dim=(2, 3))  # (B, K)
+    predicted = (probabilities.square() * (target != IGNORE)[:, None]).sum(dim=(2, 3))  # (B, K)
+    true = _pixels(target, logits.shape[1])  # (B, K)
     costs = 1 - (2 * overlap + smooth) / (predicted + true + smooth).clamp(min=torch.finfo(predicted.dtype).tiny)
     counted = (true > 0) | (absent & (true > 0).any(dim=1, keepdim=True))  # (B, K)
     means = (costs * counted).sum(dim=1) / counted.sum(dim=1).clamp(min=1)  # (B,)
@@ -110,11 +109,11 @@ def lovasz(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """
     probabilities = _precise(logits).softmax(dim=1).flatten(2)  # (B, K, P)
     here = _one_hot(target, logits.shape[1]).flatten(2)  # (B, K, P)
-    present = here.any(dim=2)  # (B, K)
+    present = _pixels(target, logits.shape[1]) > 0  # (B, K)
     image, _ = present.nonzero(as_tuple=True)  # (N,) the image of each pair of image and class
     true = here[present]  # (N, P)
     errors = (probabilities[present] - true.to(probabilities.dtype)).abs()  # (N, P)
-    slopes = _jaccard_slopes(errors.detach(), true, here.any(dim=1)[image])  # (N, P)
+    slopes = _jaccard_slopes(errors.detach(), true, (target != IGNORE).flatten(1)[image])  # (N, P)
     classes = present.sum(dim=1)  # (B,)
     total = ((errors * slopes).sum(dim=1) / classes[image]).sum()
     return total, (classes > 0).sum().to(total.dtype)
@@ -194,6 +193,17 @@ def _weight_of(target: Tensor, weight: Tensor | None) -> Tensor:
     if weight is None:
         return target != IGNORE
     return F.pad(weight, (0, IGNORE + 1 - len(weight)))[target]
+
+
+def _sum(weights: Tensor) -> Tensor:
+    return weights.count_nonzero() if weights.dtype == torch.bool else weights.sum()
+
+
+def _pixels(target: Tensor, classes: int) -> Tensor:
+    """The number of pixels of each class in each image, (B, K) int64."""
+    values = target.flatten(1).long()  # (B, P)
+    counts = values.new_zeros(len(values), IGNORE + 1)  # (B, 256)
+    return counts.scatter_add_(1, values, torch.ones_like(values))[:, :classes]
 
 
 def _one_hot(target: Tensor, classes: int) -> Tensor:
