@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ def test_windows_cover_a_length_and_share_what_was_asked(length: int, window: in
     found = starts(length, window, overlap)
     assert found[0] == 0
     assert found[-1] + window == length
-    steps = [right - left for left, right in zip(found, found[1:], strict=False)]
+    steps = [right - left for left, right in itertools.pairwise(found)]
     assert all(0 < step <= max(1, int(window * (1 - overlap))) + 1 for step in steps)
 
 

@@ -21,6 +21,7 @@ python train.py [group=choice ...] [key=value ...]
 
   python train.py                                              digits, in about two minutes
   python train.py backbone=mobilenet_v2 data=cifar10 optimizer=sgd trainer.max_epochs=20
+  python train.py task=segmentation backbone=resnet50
   python train.py data=image_folder data.root=photos backbone.weights=imagenet
   python train.py resume=runs/classification/...               goes on with a run
   python train.py -m backbone=resnet18,resnet34                one run for each

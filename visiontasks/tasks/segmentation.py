@@ -59,7 +59,7 @@ class Segmentation(Task):
         super().__init__(backbone=backbone, classes=classes, monitor=monitor, mode=mode, **shared)
         self.head = head(levels=backbone.levels, num_classes=len(classes))
         self.auxiliary_weight = auxiliary
-        self.auxiliary = FCN(levels=backbone.levels[:-1], num_classes=len(classes)) if auxiliary else None
+        self.auxiliary = self._auxiliary(backbone, auxiliary)
         self.losses = dict(losses or {"cross_entropy": Term()})
         self.stride = max(level.stride for level in backbone.levels)
         self.window = _window(window)
@@ -71,6 +71,15 @@ class Segmentation(Task):
         weights = self._weights(class_weights)
         self.class_weights: Tensor | None
         self.register_buffer("class_weights", weights, persistent=False)
+
+    def _auxiliary(self, backbone: Backbone, weight: float) -> FCN | None:
+        if weight < 0 or (weight > 0 and len(backbone.levels) < 2):
+            levels = len(backbone.levels)
+            raise UsageError(
+                f"task.auxiliary={weight} needs a weight of 0 or more and a backbone of two levels or more, and this "
+                f"one has {levels}: type task.auxiliary=0."
+            )
+        return FCN(levels=backbone.levels[:-1], num_classes=len(self.classes)) if weight else None
 
     def _weights(self, given: list[float] | None) -> Tensor | None:
         if given is not None and len(given) != len(self.classes):
@@ -101,7 +110,7 @@ class Segmentation(Task):
     def _mean(self, terms: Tensor) -> Tensor:
         """The weighted sum of the losses, each averaged over all processes."""
         means = mean_over_processes(terms[:, 0], terms[:, 1])  # (L,)
-        return means @ means.new_tensor([term.weight for term in self.losses.values()])
+        return (means * means.new_tensor([term.weight for term in self.losses.values()])).sum()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002
         logits, auxiliary = self._scored(self.images(batch), auxiliary=True)
@@ -112,7 +121,7 @@ class Segmentation(Task):
         self.watch("loss", loss, torch.ones_like(loss))
         for name, (total, count) in zip(self.losses, terms, strict=True):
             if len(self.losses) > 1:
-                self.watch(name, total, count)
+                self.watch(f"{name}_loss", total, count)
         return loss
 
     def infer(self, images: Tensor) -> Tensor:
