@@ -3,7 +3,7 @@
 from visiontasks.callbacks.checkpoints import best_checkpoint, last_checkpoint
 from visiontasks.callbacks.metrics_file import MetricsFile
 from visiontasks.callbacks.optional import early_stopping, ema, progress_bar, swa
-from visiontasks.callbacks.pictures import ClassBars, ConfusionMatrix, ContactSheets, LearningCurves
+from visiontasks.callbacks.pictures import ClassBars, ConfusionMatrix, ContactSheets, LearningCurves, PrecisionRecall
 from visiontasks.callbacks.report import Report
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "ContactSheets",
     "LearningCurves",
     "MetricsFile",
+    "PrecisionRecall",
     "Report",
     "best_checkpoint",
     "early_stopping",

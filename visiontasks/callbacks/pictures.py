@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from lightning import Callback, LightningModule, Trainer
 from matplotlib.figure import Figure
@@ -106,7 +107,7 @@ class ConfusionMatrix(Callback):
     def on_test_end(self, trainer: Trainer, module: Any) -> None:
         if trainer.is_global_zero and "confusion" in module.tables:
             path = Path(trainer.default_root_dir) / "confusion.png"
-            draw_confusion(module.tables["confusion"].cpu(), module.classes, path, unit=module.unit)
+            draw_confusion(module.tables["confusion"].cpu(), module.confusion_classes, path, unit=module.unit)
 
 
 class ClassBars(Callback):
@@ -125,6 +126,15 @@ class LearningCurves(Callback):
         file = Path(trainer.default_root_dir) / "metrics.csv"
         if trainer.is_global_zero and file.is_file():
             draw_curves(read_columns(file), module.monitor, file.with_name("curves.png"))
+
+
+class PrecisionRecall(Callback):
+    """Draws precision_recall.png: precision over recall at an IoU of 0.5, a curve for each class and their mean."""
+
+    def on_test_end(self, trainer: Trainer, module: Any) -> None:
+        if trainer.is_global_zero and "precision_recall" in module.tables:
+            path = Path(trainer.default_root_dir) / "precision_recall.png"
+            draw_precision_recall(module.tables["precision_recall"].cpu(), module.classes, path)
 
 
 def draw_sheet(module: Any, tiles: list[Tile], path: Path, *, columns: int = 8, named: bool = False) -> None:
@@ -178,6 +188,21 @@ def draw_bars(values: list[float], classes: tuple[str, ...], title: str, path: P
     )
     axes.set_yticks(range(len(order)), [classes[k] for k in order], fontsize=8)
     axes.set(xlim=(0, 1.1), title=title.replace("_", " "))
+    figure.savefig(path, dpi=110)
+
+
+def draw_precision_recall(curves: Tensor, classes: tuple[str, ...], path: Path) -> None:
+    """Draws curves (R, K) of precision at evenly spaced recalls; classes without objects are left out."""
+    recalls = torch.linspace(0, 1, len(curves))
+    figure = Figure(figsize=(6.4, 5), layout="constrained")
+    axes = figure.subplots()
+    for name, curve in zip(classes, curves.T, strict=True):
+        if not curve.isnan().all():
+            axes.plot(recalls, curve, linewidth=0.8, label=name if len(classes) <= EXPLAINED else None)
+    axes.plot(recalls, curves.nanmean(dim=1), color="black", linewidth=2, label="mean")
+    axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02), title="IoU 0.5")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, ncols=1 + len(classes) // 20)
     figure.savefig(path, dpi=110)
 
 

@@ -143,6 +143,7 @@ def load_task(checkpoint: Path, settings: Config | None = None) -> Task:
     task = build_task(untrained, classes=tuple(stored["classes"]))
     task.config = config
     task.load_state_dict(stored["state_dict"])
+    task.on_load_checkpoint(stored)
     return task.eval()
 
 

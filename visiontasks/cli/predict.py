@@ -22,6 +22,7 @@ python predict.py run=PATH input=FILE_OR_FOLDER_OR_GLOB [output=FOLDER] [key=val
   python predict.py run=runs/classification/2026-11-21_10-00-00 input=photos
   python predict.py run=runs/... input='photos/*.jpg' output=predictions pictures=false
 """
+SHOWN = ("image", "scale", "size")  # what a task may see of a batch
 SHEET = 40  # pictures on the contact sheet
 
 
@@ -51,13 +52,15 @@ def predict(composed: "DictConfig") -> None:
     task.to(fabric.device)
     folder.mkdir(parents=True, exist_ok=True)
     tiles: list[Tile] = []
+    answers: list[Prediction] = []
     done = 0
     with (folder / "predictions.jsonl").open("w") as lines, fabric.autocast():
         for index, image, prediction in tqdm(predicted(task, data.loader(files)), total=len(files), unit="image"):
             name = files.name(index)
             stem = f"{index:05d}_{Path(name).stem}"  # the position tells apart files of one name
             line = prediction if image is None else task.save(prediction, folder, stem)
-            lines.write(json.dumps({"file": name, **line}) + "\n")
+            answers.append({"file": name, **line})
+            lines.write(json.dumps(answers[-1]) + "\n")
             if image is None:
                 continue
             done += 1
@@ -65,6 +68,7 @@ def predict(composed: "DictConfig") -> None:
             tiles += [tile] if len(tiles) * task.panels < SHEET else []
             if config["pictures"]:
                 draw_picture(task, tile, folder / "pictures" / f"{stem}.png")
+    task.finish(answers, folder)
     if tiles:
         draw_sheet(task, tiles, folder / "predictions.png", named=True)
     print(f"{len(files)} files, {done} predicted: {folder}")
@@ -80,7 +84,9 @@ def predicted(task: "Task", loader: "DataLoader[Any]") -> Iterator[tuple[int, "T
         rows: dict[int, tuple[Tensor | None, Prediction]] = {}
         if "image" in batch:
             with torch.inference_mode():
-                raw = task.predict_step(move_data_to_device({"image": batch["image"]}, task.device), 0)
+                raw = task.predict_step(
+                    move_data_to_device({key: batch[key] for key in SHOWN if key in batch}, task.device), 0
+                )
             images = zip(batch["image"], task.predictions(raw), strict=True)
             rows = dict(zip(batch["index"].tolist(), images, strict=True))
         bad = iter(batch.get("bad", []))

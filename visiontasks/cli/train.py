@@ -81,7 +81,7 @@ def train(composed: "DictConfig") -> float:
 def _needs(config: "Config") -> frozenset[str]:
     from hydra.utils import get_class
 
-    needs: frozenset[str] = get_class(config["task"]["_target_"]).needs
+    needs: frozenset[str] = get_class(config["task"]["_target_"]).required(get_class(config["head"]["_target_"]))
     return needs
 
 

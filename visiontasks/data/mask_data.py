@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from visiontasks.contracts import UsageError
-from visiontasks.data.image_folder import visible_files
+from visiontasks.data.image_folder import ImageFiles, visible_files
 from visiontasks.data.images import printable
 from visiontasks.data.masks import MaskFiles, MaskReader, Pair
 from visiontasks.data.module import DataModule
@@ -43,7 +43,9 @@ class MaskData(DataModule):
         raise NotImplementedError(f"{type(self).__name__} does not say how to read a mask: define reader()")
 
     def source(self, split: str) -> Source:
-        """The split's image files with their masks."""
+        """The split's image files with their masks, or alone where no masks are selected."""
+        if "mask" not in self.keys:
+            return ImageFiles(pair.image for pair in self.pairs(split))
         return MaskFiles(self.pairs(split), self.reader())
 
 

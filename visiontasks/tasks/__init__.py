@@ -1,6 +1,18 @@
 """Learning problems, each a LightningModule."""
 
-from visiontasks.tasks.classification import Classification
-from visiontasks.tasks.segmentation import Segmentation
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Classification", "Segmentation"]
+if TYPE_CHECKING:
+    from visiontasks.tasks.classification import Classification
+    from visiontasks.tasks.detection import Detection
+    from visiontasks.tasks.segmentation import Segmentation
+
+__all__ = ["Classification", "Detection", "Segmentation"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a task when it is asked for: none waits for what only another one needs."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{name.lower()}"), name)

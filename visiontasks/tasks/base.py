@@ -29,7 +29,7 @@ class Task(LightningModule):
     The backbone's weights lie under `backbone.` in every checkpoint.
     """
 
-    needs: ClassVar[frozenset[str]]
+    needs: frozenset[str]
     panels: ClassVar[int] = 1  # pictures side by side that `draw` makes of one image
     unit: ClassVar[str] = "images"  # what the confusion matrix counts
 
@@ -62,6 +62,11 @@ class Task(LightningModule):
         self.pixel_shift: Tensor
         self.register_buffer("pixel_scale", (1 / (255 * std)).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("pixel_shift", (-mean / std).view(1, -1, 1, 1), persistent=False)
+
+    @classmethod
+    def required(cls, head: type) -> frozenset[str]:  # noqa: ARG003
+        """The annotations that the task needs under a kind of head."""
+        return cls.needs
 
     def images(self, batch: Batch) -> Tensor:
         """The batch's uint8 images as the backbone wants them: float, normalised, in its channels and layout."""
@@ -155,6 +160,11 @@ class Task(LightningModule):
         """Draws an image, uint8 (3, H, W), with its prediction and, where known, the truth."""
         raise NotImplementedError
 
+    @property
+    def confusion_classes(self) -> tuple[str, ...]:
+        """The names along the confusion matrix."""
+        return self.classes
+
     def legend(self) -> dict[str, tuple[float, ...]]:
         """The colours that stand for classes in what `draw` draws, red, green and blue in 0..1."""
         return {}
@@ -162,6 +172,9 @@ class Task(LightningModule):
     def save(self, prediction: Prediction, folder: Path, stem: str) -> Prediction:  # noqa: ARG002
         """Writes what does not fit into a line of JSON to files in a folder, and returns the line."""
         return prediction
+
+    def finish(self, lines: list[Prediction], folder: Path) -> None:
+        """Writes what all lines of a prediction together make, such as a results file, to a folder."""
 
     def compile_parts(self) -> None:
         """Compiles the networks in place, so that no weight changes its name."""

@@ -1,6 +1,6 @@
 """Classification: one class an image, or any number of labels an image."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -35,7 +35,7 @@ class Classification(Task):
     Raises UsageError where class_weights does not have one number a class.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"label"})
+    needs = frozenset({"label"})
 
     def __init__(
         self,

@@ -34,7 +34,7 @@ class Segmentation(Task):
     Raises UsageError where class_weights does not have one number a class, or the settings contradict themselves.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"mask"})
+    needs = frozenset({"mask"})
     panels: ClassVar[int] = 4  # image, truth, prediction, errors
     unit: ClassVar[str] = "pixels"
 

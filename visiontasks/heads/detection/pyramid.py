@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
@@ -64,10 +65,25 @@ def usable(levels: tuple[Level, ...], strides: Sequence[int]) -> list[int]:
     return used
 
 
+class HalvingConv(nn.Conv2d):
+    """A 3x3 convolution of stride 2, (B, C, h, w) to (B, channels, ceil(h / 2), ceil(w / 2)).
+
+    It stays out of autocast: on a CPU, oneDNN's bfloat16 gradient of its weights is not finite where the result is one
+    column wide.
+    """
+
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__(in_channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
+
+
 def _halving(width: int, *, learnt: bool) -> nn.Module:
     if not learnt:
         return nn.MaxPool2d(1, stride=2)
-    convolution = nn.Conv2d(width, width, 3, stride=2, padding=1)
+    convolution = HalvingConv(width, width)
     nn.init.kaiming_uniform_(convolution.weight, a=1)
     nn.init.zeros_(convolution.bias)  # type: ignore[arg-type]
     return convolution

@@ -11,7 +11,7 @@ from torchvision.models.detection.ssd import SSDHead
 
 from visiontasks.contracts import Level
 from visiontasks.heads.detection.geometry import Anchors, labelled, matched
-from visiontasks.heads.detection.pyramid import STRIDES, usable
+from visiontasks.heads.detection.pyramid import STRIDES, HalvingConv, usable
 from visiontasks.heads.detection.raw import Dense, Detection, Target, Terms
 from visiontasks.heads.detection.selecting import dense_detections
 
@@ -143,7 +143,7 @@ def _halving(in_channels: int, channels: int) -> nn.Sequential:
     block = nn.Sequential(
         nn.Conv2d(in_channels, channels // 2, 1),
         nn.ReLU(inplace=True),
-        nn.Conv2d(channels // 2, channels, 3, stride=2, padding=1),
+        HalvingConv(channels // 2, channels),
         nn.ReLU(inplace=True),
     )
     for layer in block[::2]:

@@ -1,0 +1,185 @@
+"""Metrics of detected objects over the whole data set, the same on any number of processes."""
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.detection import MeanAveragePrecision
+from torchvision.ops import box_iou
+
+from visiontasks.layers.distributed import world_size
+
+Found = dict[str, Tensor]  # "boxes" (N, 4), "scores" (N,), "labels" (N,), maybe "masks" (N, H, W)
+Truth = dict[str, Tensor]  # "boxes" (N, 4), "labels" (N,), maybe "masks", "iscrowd" (N,) and "area" (N,)
+Figures = dict[str, Tensor]
+
+MATCHED = 0.5  # IoU from which a detection is the object that it lies on
+_PARTS = ("box", "mask", "labels", "scores", "crowds", "area")  # of torchmetrics' state, after a prefix
+
+
+class AveragePrecision(nn.Module):
+    """COCO's twelve numbers for boxes, and where asked for masks, by faster-coco-eval.
+
+    Each process adds its own images; `compute` brings all together in the order of their indices, so that ties are
+    broken as one process would break them.
+    """
+
+    def __init__(self, classes: int, *, masks: bool = False) -> None:
+        super().__init__()
+        self.classes = classes
+        self.kinds: tuple[Literal["bbox", "segm"], ...] = ("bbox", "segm") if masks else ("bbox",)
+        self.indices: list[int] = []
+        self.metric = self._metric()
+
+    def _metric(self) -> MeanAveragePrecision:
+        metric = MeanAveragePrecision(
+            iou_type=self.kinds, backend="faster_coco_eval", extended_summary=True, sync_on_compute=False
+        )
+        metric.warn_on_many_detections = False
+        return metric
+
+    def update(self, found: list[Found], truth: list[Truth], indices: list[int]) -> None:
+        """Adds images, with their positions in the data set."""
+        self.metric.update(_on_cpu(found), _on_cpu(truth))
+        self.indices += indices
+
+    def compute(self) -> tuple[Figures, Figures]:
+        """Figures by name, and the tables per_class_ap (K,), and precision_recall (101, K) at an IoU of 0.5.
+
+        Those of masks bear the prefix mask_. A figure is NaN where there is no object that it could be of; without
+        detections it is 0.
+        """
+        together = self._together()
+        if sum(map(len, together.groundtruth_labels)) == 0:
+            return {f"{_PREFIX[kind]}{name}": torch.tensor(math.nan) for kind in self.kinds for name in _NAMES}, {}
+        if sum(map(len, together.detection_labels)) == 0:
+            return {f"{_PREFIX[kind]}{name}": torch.tensor(0.0) for kind in self.kinds for name in _NAMES}, {}
+        computed = together.compute()
+        figures: Figures = {}
+        tables: Figures = {}
+        for kind in self.kinds:
+            key = f"{kind}_" if len(self.kinds) > 1 else ""
+            figures |= {f"{_PREFIX[kind]}{name}": _or_nan(computed[f"{key}{name}"]) for name in _NAMES}
+            tables |= self._tables(computed, key, _PREFIX[kind])
+        return figures, tables
+
+    def _tables(self, computed: dict[str, Any], key: str, prefix: str) -> Figures:
+        precision = torch.as_tensor(computed[f"{key}precision"])[:, :, :, 0, -1].double()  # (T, R, C)
+        precision = precision.where(precision >= 0, math.nan)
+        curves = torch.full((precision.shape[1], self.classes), math.nan, dtype=torch.float64)
+        averages = torch.full((self.classes,), math.nan, dtype=torch.float64)
+        seen = computed["classes"].long().reshape(-1)
+        curves[:, seen] = precision[0]
+        averages[seen] = precision.nanmean(dim=(0, 1))
+        return {f"per_class_{prefix}ap": averages, f"{prefix}precision_recall": curves}
+
+    def _together(self) -> MeanAveragePrecision:
+        """A metric with the images of all processes, sorted."""
+        names = [name for name in vars(self.metric) if name.startswith(("detection_", "groundtruth_"))]
+        names = [name for name in names if name.split("_", 1)[1] in _PARTS]
+        own = (self.indices, {name: getattr(self.metric, name) for name in names})
+        parts: list[Any] = [own]
+        if world_size() > 1:
+            parts = [None] * world_size()
+            dist.all_gather_object(parts, own)
+        order = sorted((index, rank, place) for rank, part in enumerate(parts) for place, index in enumerate(part[0]))
+        together = self._metric()
+        for name in names:
+            entries = [parts[rank][1][name][place] for _, rank, place in order if parts[rank][1][name]]
+            setattr(together, name, entries)
+        together._update_count = 1
+        return together
+
+    def reset(self) -> None:
+        """Forgets all images."""
+        self.metric.reset()
+        self.indices = []
+
+
+_NAMES = (
+    *("map", "map_50", "map_75", "map_small", "map_medium", "map_large"),
+    *("mar_1", "mar_10", "mar_100", "mar_small", "mar_medium", "mar_large"),
+)
+_PREFIX = {"bbox": "", "segm": "mask_"}
+
+
+class Match(NamedTuple):
+    """What became of the detections and the objects of one image."""
+
+    object_of: Tensor  # (N,) the object that a detection is, -1 for none, -2 where it lies on a crowd
+    found: Tensor  # (M,) whether an object, crowds left out, was detected
+
+
+def matched(found: Found, truth: Truth) -> Match:
+    """Gives each detection, best first, the object that it overlaps most with an IoU of at least 0.5 and that is free.
+
+    Classes do not matter here. A detection of which at least half lies on a crowd is no false alarm.
+    """
+    crowd = truth.get("iscrowd", torch.zeros_like(truth["labels"])).bool()
+    objects, boxes = truth["boxes"][~crowd], found["boxes"]
+    overlaps = box_iou(boxes, objects)  # (N, M)
+    object_of = torch.full((len(boxes),), -1)
+    free = torch.ones(len(objects), dtype=torch.bool)
+    for row in found["scores"].argsort(descending=True).tolist():
+        allowed = overlaps[row].cpu().where(free, -1.0)
+        if len(allowed) and allowed.max() >= MATCHED:
+            object_of[row] = allowed.argmax()
+            free[object_of[row]] = False
+    on_crowd = _share_inside(boxes, truth["boxes"][crowd]).cpu() >= MATCHED
+    return Match(object_of.where((object_of >= 0) | ~on_crowd, -2), ~free)
+
+
+def _share_inside(boxes: Tensor, others: Tensor) -> Tensor:
+    """The largest share of each box that lies in one of the others, (N,)."""
+    low, high = torch.maximum(boxes[:, None, :2], others[:, :2]), torch.minimum(boxes[:, None, 2:], others[:, 2:])
+    shared = (high - low).clamp(min=0).prod(dim=2)  # (N, M)
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1).clamp(min=1e-9)
+    return (shared / areas[:, None]).max(dim=1).values if len(others) else boxes.new_zeros(len(boxes))
+
+
+class ObjectConfusion(Metric):
+    """Counts of objects by true and by detected class, over all images of all processes.
+
+    The last row is background: detections that lie on no object; the last column objects that were not detected.
+    """
+
+    full_state_update = False
+    counts: Tensor  # (K + 1, K + 1) int64
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.classes = classes
+        self.add_state("counts", torch.zeros(classes + 1, classes + 1, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, found: list[Found], truth: list[Truth]) -> None:
+        """Adds images; detections that are too unsure have been left out."""
+        for detections, objects in zip(_on_cpu(found), _on_cpu(truth), strict=True):
+            match = matched(detections, objects)
+            crowd = objects.get("iscrowd", torch.zeros_like(objects["labels"])).bool()
+            labels = torch.cat([objects["labels"][~crowd], torch.tensor([self.classes])])
+            counted = match.object_of > -2
+            true = labels[match.object_of[counted]]  # -1 is the last: background
+            missed = labels[:-1][~match.found]
+            rows = torch.cat([true, missed])
+            columns = torch.cat([detections["labels"][counted], torch.full_like(missed, self.classes)])
+            pairs = torch.bincount(rows * (self.classes + 1) + columns, minlength=(self.classes + 1) ** 2)
+            self.counts = self.counts + pairs.view(self.classes + 1, -1).to(self.counts.device)
+
+    def compute(self) -> tuple[Figures, Tensor]:
+        """Precision, recall and F1 of all objects together, and the counts."""
+        right = self.counts.diagonal()[:-1].sum()
+        precision = right / self.counts[:, :-1].sum().clamp(min=1)
+        recall = right / self.counts[:-1].sum().clamp(min=1)
+        f1 = 2 * precision * recall / (precision + recall).clamp(min=1e-12)
+        return {"precision": precision, "recall": recall, "f1": f1}, self.counts
+
+
+def _or_nan(value: Tensor) -> Tensor:
+    return value.float().where(value >= 0, math.nan)
+
+
+def _on_cpu(images: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    return [{name: value.detach().cpu() for name, value in image.items()} for image in images]
