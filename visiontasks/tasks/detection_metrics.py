@@ -3,9 +3,10 @@
 import math
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.ops import box_iou
@@ -15,12 +16,16 @@ from visiontasks.layers.distributed import world_size
 Found = dict[str, Tensor]  # "boxes" (N, 4), "scores" (N,), "labels" (N,), maybe "masks" (N, H, W)
 Truth = dict[str, Tensor]  # "boxes" (N, 4), "labels" (N,), maybe "masks", "iscrowd" (N,) and "area" (N,)
 Figures = dict[str, Tensor]
+Kind = Literal["bbox", "segm"]
 
 MATCHED = 0.5  # IoU from which a detection is the object that it lies on
+# COCO's own, in double precision: torchmetrics' default are rounded to single, and a recall of exactly 0.1 misses 0.1
+IOUS: list[float] = np.linspace(0.5, 0.95, 10).tolist()
+RECALLS: list[float] = np.linspace(0, 1, 101).tolist()
 _PARTS = ("box", "mask", "labels", "scores", "crowds", "area")  # of torchmetrics' state, after a prefix
 
 
-class AveragePrecision(nn.Module):
+class AveragePrecision:
     """COCO's twelve numbers for boxes, and where asked for masks, by faster-coco-eval.
 
     Each process adds its own images; `compute` brings all together in the order of their indices, so that ties are
@@ -28,22 +33,15 @@ class AveragePrecision(nn.Module):
     """
 
     def __init__(self, classes: int, *, masks: bool = False) -> None:
-        super().__init__()
         self.classes = classes
-        self.kinds: tuple[Literal["bbox", "segm"], ...] = ("bbox", "segm") if masks else ("bbox",)
         self.indices: list[int] = []
-        self.metric = self._metric()
-
-    def _metric(self) -> MeanAveragePrecision:
-        metric = MeanAveragePrecision(
-            iou_type=self.kinds, backend="faster_coco_eval", extended_summary=True, sync_on_compute=False
-        )
-        metric.warn_on_many_detections = False
-        return metric
+        kinds: tuple[Kind, ...] = ("bbox", "segm") if masks else ("bbox",)
+        self.metrics: dict[Kind, MeanAveragePrecision] = {kind: _metric(kind) for kind in kinds}
 
     def update(self, found: list[Found], truth: list[Truth], indices: list[int]) -> None:
         """Adds images, with their positions in the data set."""
-        self.metric.update(_on_cpu(found), _on_cpu(truth))
+        for metric in self.metrics.values():
+            metric.update(_on_cpu(found), _on_cpu(truth))
         self.indices += indices
 
     def compute(self) -> tuple[Figures, Figures]:
@@ -52,22 +50,22 @@ class AveragePrecision(nn.Module):
         Those of masks bear the prefix mask_. A figure is NaN where there is no object that it could be of; without
         detections it is 0.
         """
-        together = self._together()
-        if sum(map(len, together.groundtruth_labels)) == 0:
-            return {f"{_PREFIX[kind]}{name}": torch.tensor(math.nan) for kind in self.kinds for name in _NAMES}, {}
-        if sum(map(len, together.detection_labels)) == 0:
-            return {f"{_PREFIX[kind]}{name}": torch.tensor(0.0) for kind in self.kinds for name in _NAMES}, {}
-        computed = together.compute()
         figures: Figures = {}
         tables: Figures = {}
-        for kind in self.kinds:
-            key = f"{kind}_" if len(self.kinds) > 1 else ""
-            figures |= {f"{_PREFIX[kind]}{name}": _or_nan(computed[f"{key}{name}"]) for name in _NAMES}
-            tables |= self._tables(computed, key, _PREFIX[kind])
+        for kind in self.metrics:
+            together = self._together(kind)
+            if sum(map(len, together.groundtruth_labels)) == 0:
+                figures |= {f"{_PREFIX[kind]}{name}": torch.tensor(math.nan) for name in _NAMES}
+            elif sum(map(len, together.detection_labels)) == 0:
+                figures |= {f"{_PREFIX[kind]}{name}": torch.tensor(0.0) for name in _NAMES}
+            else:
+                computed = together.compute()
+                figures |= {f"{_PREFIX[kind]}{name}": _or_nan(computed[name]) for name in _NAMES}
+                tables |= self._tables(computed, _PREFIX[kind])
         return figures, tables
 
-    def _tables(self, computed: dict[str, Any], key: str, prefix: str) -> Figures:
-        precision = torch.as_tensor(computed[f"{key}precision"])[:, :, :, 0, -1].double()  # (T, R, C)
+    def _tables(self, computed: dict[str, Any], prefix: str) -> Figures:
+        precision = torch.as_tensor(computed["precision"])[:, :, :, 0, -1].double()  # (T, R, C)
         precision = precision.where(precision >= 0, math.nan)
         curves = torch.full((precision.shape[1], self.classes), math.nan, dtype=torch.float64)
         averages = torch.full((self.classes,), math.nan, dtype=torch.float64)
@@ -76,17 +74,18 @@ class AveragePrecision(nn.Module):
         averages[seen] = precision.nanmean(dim=(0, 1))
         return {f"per_class_{prefix}ap": averages, f"{prefix}precision_recall": curves}
 
-    def _together(self) -> MeanAveragePrecision:
+    def _together(self, kind: Kind) -> MeanAveragePrecision:
         """A metric with the images of all processes, sorted."""
-        names = [name for name in vars(self.metric) if name.startswith(("detection_", "groundtruth_"))]
+        metric = self.metrics[kind]
+        names = [name for name in vars(metric) if name.startswith(("detection_", "groundtruth_"))]
         names = [name for name in names if name.split("_", 1)[1] in _PARTS]
-        own = (self.indices, {name: getattr(self.metric, name) for name in names})
+        own = (self.indices, {name: getattr(metric, name) for name in names})
         parts: list[Any] = [own]
         if world_size() > 1:
             parts = [None] * world_size()
             dist.all_gather_object(parts, own)
         order = sorted((index, rank, place) for rank, part in enumerate(parts) for place, index in enumerate(part[0]))
-        together = self._metric()
+        together = _metric(kind)
         for name in names:
             entries = [parts[rank][1][name][place] for _, rank, place in order if parts[rank][1][name]]
             setattr(together, name, entries)
@@ -95,8 +94,23 @@ class AveragePrecision(nn.Module):
 
     def reset(self) -> None:
         """Forgets all images."""
-        self.metric.reset()
+        for metric in self.metrics.values():
+            metric.reset()
         self.indices = []
+
+
+def _metric(kind: Kind) -> MeanAveragePrecision:
+    """torchmetrics' metric of one kind, which is brought together over processes by `AveragePrecision`."""
+    metric = MeanAveragePrecision(
+        iou_type=kind,
+        iou_thresholds=IOUS,
+        rec_thresholds=RECALLS,
+        backend="faster_coco_eval",
+        extended_summary=True,
+        sync_on_compute=False,
+    )
+    metric.warn_on_many_detections = False
+    return metric
 
 
 _NAMES = (
