@@ -31,6 +31,7 @@ ROWS: tuple[tuple[str, str, Callable[..., A.Compose]], ...] = (
     ("rand_augment strength=1", "photograph", partial(augment.rand_augment, strength=1.0)),
     ("pad_and_crop", "small photograph", augment.pad_and_crop),
     ("light_geometry", "digit", augment.light_geometry),
+    ("scale_and_crop", "photograph", partial(augment.scale_and_crop, short_side=SIZE)),
 )
 
 
