@@ -273,9 +273,19 @@ def _draw(canvas: Pixels, digit: _Digit, generator: np.random.Generator) -> None
     left, top, right, bottom = digit.box
     patch = canvas[top:bottom, left:right]  # (h, w, 3)
     colour = _contrasting(float(patch.mean((0, 1)) @ _LUMA), generator)
-    halo = cv2.GaussianBlur(digit.opacity, (0, 0), max(0.8, min(digit.opacity.shape) / 14))
-    patch *= 1 - np.float32(0.35) * halo[..., None]
+    _shade(canvas, digit)
     patch += digit.opacity[..., None] * (colour - patch)
+
+
+def _shade(canvas: Pixels, digit: _Digit) -> None:
+    """Darken the canvas under and around a digit, fading out on all sides so that no edge gives its box away."""
+    spread = max(0.8, min(digit.opacity.shape) / 14)
+    reach = int(np.ceil(3 * spread))
+    halo = cv2.GaussianBlur(np.pad(digit.opacity, reach), (0, 0), spread)
+    left, top, right, bottom = digit.box
+    ground = canvas[max(0, top - reach) : bottom + reach, max(0, left - reach) : right + reach]  # (h, w, 3)
+    down, across = max(0, reach - top), max(0, reach - left)
+    ground *= 1 - np.float32(0.35) * halo[down : down + ground.shape[0], across : across + ground.shape[1], None]
 
 
 def _contrasting(luma: float, generator: np.random.Generator) -> Pixels:
