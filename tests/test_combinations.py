@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.utils import get_class
+from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 from torch import Tensor
 
 from visiontasks.cli.build import PARTS, build_task
 from visiontasks.cli.command_line import CONF, choices
+from visiontasks.contracts import UsageError
 from visiontasks.tasks.base import Task
 
 ROOT = Path(__file__).parents[1]
@@ -43,10 +44,16 @@ def config(*overrides: str) -> dict[str, Any]:
 
 def step(task: Task) -> float:
     """One optimiser step on four images; returns the loss."""
+    box, region = torch.tensor([[8.0, 16.0, 40.0, 56.0]]), torch.zeros(1, 64, 64, dtype=torch.uint8)
+    region[:, 16:56, 8:40] = 1
     batch = {
         "image": torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8),
+        "index": torch.arange(4),
         "label": torch.tensor([0, 1, 2, 0]),
         "mask": torch.randint(0, 3, (4, 64, 64), dtype=torch.uint8),
+        "bboxes": [box, box[:0], box, box],
+        "labels": [torch.tensor([1]), torch.tensor([], dtype=torch.int64), torch.tensor([0]), torch.tensor([2])],
+        "masks": [region, region[:0], region, region],
     }
     optimizer = torch.optim.SGD(task.parameters(), lr=0.1)
     task.train()
@@ -58,8 +65,12 @@ def step(task: Task) -> float:
 
 def one_step(task: str, backbone: str, head: str) -> None:
     torch.manual_seed(0)
-    overrides = [f"task={task}", f"backbone={backbone}", f"head={head}", *SMALL.get(head, [])]
-    built = build_task(config(*overrides), classes=("a", "b", "c"))
+    parts = config(f"task={task}", f"backbone={backbone}", f"head={head}", *SMALL.get(head, []))
+    if task == "detection" and not {level.stride for level in instantiate(parts["backbone"]).levels} & {8, 16, 32}:
+        with pytest.raises(UsageError, match="strides"):
+            build_task(parts, classes=("a", "b", "c"))
+        return
+    built = build_task(parts, classes=("a", "b", "c"))
     before = [parameter.detach().clone() for parameter in built.parameters()]
     assert math.isfinite(step(built))
     assert math.isfinite(step(built))  # a head that starts at zero moves the backbone in the second step
