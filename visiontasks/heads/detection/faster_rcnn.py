@@ -222,12 +222,9 @@ class FasterRCNN(nn.Module):
         for boxes, chance, code in zip(raw.proposals, chances, torch.split(codes, numbers), strict=True):
             region, label = (chance > score_threshold).nonzero(as_tuple=True)
             refined = self.region_coder.decode_single(code[region, label + 1], boxes[region])
-            refined = clip_boxes_to_image(refined, raw.regions.size)
-            kept = remove_small_boxes(refined, 1e-2)
-            region, label = region[kept], label[kept]
             found.append(
                 without_overlaps(
-                    refined[kept],
+                    clip_boxes_to_image(refined, raw.regions.size),
                     chance[region, label],
                     label,
                     nms_threshold=nms_threshold,

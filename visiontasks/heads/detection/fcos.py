@@ -33,7 +33,7 @@ class FCOS(nn.Module):
     Args:
         strides: of the feature pyramid.
         width: channels of the feature pyramid and of the branches; 256 in the paper.
-        convs: 3x3 convolutions with group norm in each branch.
+        convs: 3x3 convolutions with group norm in each branch, in 32 groups, or fewer of four channels and more.
         reach: a level learns the objects whose farthest side is `reach` / 2 to `reach` strides away; the finest one
             also nearer, the coarsest one also farther ones.
         radius: of the part around an object's centre that belongs to it, in strides.
@@ -65,7 +65,7 @@ class FCOS(nn.Module):
         self.anchors = Anchors(
             [_square(stride) for stride in self.pyramid.strides], self.pyramid.strides, offset=offset
         )
-        norm: Any = partial(nn.GroupNorm, gcd(32, width))
+        norm: Any = partial(nn.GroupNorm, gcd(32, width // 4, width))
         self.classification_head = FCOSClassificationHead(width, 1, num_classes, convs, norm_layer=norm)
         self.regression_head = FCOSRegressionHead(width, 1, convs, norm_layer=norm)
         nn.init.constant_(self.regression_head.bbox_reg.bias, _FIRST_DISTANCE)

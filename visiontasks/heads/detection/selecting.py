@@ -4,10 +4,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms, clip_boxes_to_image
+from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
 
 from visiontasks.heads.detection.raw import Dense, Detection
 
+_LEAST_SIDE = 1e-2  # pixels
 Decode = Callable[[Tensor, Tensor], Tensor]  # codes (N, 4) and anchors (N, 4) to boxes (N, 4)
 
 
@@ -54,6 +55,11 @@ def best_entries(
 def without_overlaps(
     boxes: Tensor, scores: Tensor, labels: Tensor, *, nms_threshold: float, max_detections: int
 ) -> Detection:
-    """Drops every box that overlaps a better one of its class by more than a threshold of IoU, and sorts the rest."""
+    """Drops what has no area, and every box that overlaps a better one of its class by more than a threshold of IoU.
+
+    Shapes: boxes (N, 4), scores and labels (N,) to those that are left, best first.
+    """
+    large = remove_small_boxes(boxes, _LEAST_SIDE)
+    boxes, scores, labels = boxes[large], scores[large], labels[large]
     kept = batched_nms(boxes, scores, labels, nms_threshold)[:max_detections]
     return {"boxes": boxes[kept], "scores": scores[kept], "labels": labels[kept]}

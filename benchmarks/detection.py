@@ -1,0 +1,236 @@
+"""Training and inference beside torchvision's FCOS, RetinaNet and Faster R-CNN: python benchmarks/detection.py
+
+The same backbone, pyramid, width, numbers of anchors and regions, uint8 batch, precision, layout and optimiser,
+alternating in one process; medians of the ratios of neighbouring steps, ours over torchvision's. Memory is what
+autograd keeps for the backward pass. The last line of a case says where our step's time goes. --plain: float32 in
+torch's usual layout instead of a default run's.
+"""
+
+import argparse
+import statistics
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torchvision.models.detection as tv
+from torch import Tensor, nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.ops import MultiScaleRoIAlign
+
+from visiontasks.backbones import TorchvisionBackbone
+from visiontasks.cli.build import native_bfloat16
+from visiontasks.heads import FCOS, FasterRCNN, RetinaNet
+from visiontasks.heads.detection.pyramid import STRIDES, Pyramid
+from visiontasks.tasks import Detection
+
+CLASSES = tuple(map(str, range(20)))
+RATIOS = (0.5, 1.0, 2.0)
+REGIONS, PROPOSALS, HIDDEN = 128, 300, 1024
+THRESHOLDS = {"score_threshold": 0.05, "nms_threshold": 0.5, "max_detections": 100}
+Batch = dict[str, Any]
+
+
+class Maps(nn.Module):
+    """Our backbone and pyramid, as torchvision's detectors want them."""
+
+    def __init__(self, backbone: TorchvisionBackbone, *, learnt: bool) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.pyramid = Pyramid(backbone.levels, strides=STRIDES, width=256, learnt=learnt)
+        self.out_channels = 256
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return OrderedDict((str(index), one) for index, one in enumerate(self.pyramid(self.backbone(images))))
+
+
+class Mine(nn.Module):
+    """Our task's step and inference without its metrics."""
+
+    def __init__(self, task: Detection) -> None:
+        super().__init__()
+        self.task = task
+
+    def loss(self, batch: Batch) -> Tensor:
+        terms = self.task.head.loss(self.task(self.task.images(batch)), batch["targets"], keys=batch["index"])
+        return sum((total / count.clamp(min=1) for total, count in terms.values()), torch.zeros(()))
+
+    def detections(self, batch: Batch) -> Any:
+        return self.task.head.detections(self.task(self.task.images(batch)), **THRESHOLDS)
+
+
+class Peer(nn.Module):
+    """A detector of torchvision; its labels start at `first`."""
+
+    def __init__(self, detector: nn.Module, *, first: int) -> None:
+        super().__init__()
+        self.detector = detector
+        self.first = first
+
+    def loss(self, batch: Batch) -> Tensor:
+        targets = [one | {"labels": one["labels"] + self.first} for one in batch["targets"]]
+        losses = self.detector.train()(self._images(batch), targets)
+        return sum((loss.float() for loss in losses.values()), torch.zeros(()))
+
+    def detections(self, batch: Batch) -> Any:
+        return self.detector.eval()(self._images(batch))
+
+    def _images(self, batch: Batch) -> list[Tensor]:
+        return list(batch["image"].float() / 255)
+
+
+def mine(head: Any, *, plain: bool) -> Mine:
+    """Our task in the layout of a default run, or torch's usual one."""
+    backbone = TorchvisionBackbone(name="resnet18")
+    task = Detection(backbone=backbone, head=head, classes=CLASSES, channels_last=not plain and native_bfloat16())
+    return Mine(task.to(memory_format=task.memory_format))
+
+
+def peer(kind: Callable[..., nn.Module], size: int, *, learnt: bool, first: int, plain: bool, **options: Any) -> Peer:
+    """torchvision's detector in the same layout."""
+    maps = Maps(TorchvisionBackbone(name="resnet18"), learnt=learnt)
+    detector = kind(maps, len(CLASSES) + first, min_size=size, max_size=size, **options)
+    channels_last = not plain and native_bfloat16()
+    return Peer(detector, first=first).to(
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format
+    )
+
+
+def fcos_pair(size: int, *, plain: bool) -> tuple[Mine, Peer]:
+    """FCOS with branches of four convolutions."""
+    options = {"score_thresh": 0.05, "nms_thresh": 0.5}
+    return mine(partial(FCOS, width=256), plain=plain), peer(
+        tv.FCOS, size, learnt=True, first=0, plain=plain, **options
+    )
+
+
+def retinanet_pair(size: int, *, plain: bool) -> tuple[Mine, Peer]:
+    """RetinaNet with nine anchors a place."""
+    sides = [[4 * stride * 2 ** (step / 3) for step in range(3)] for stride in STRIDES]
+    anchors = AnchorGenerator(sides, (RATIOS,) * len(STRIDES))
+    options = {"anchor_generator": anchors, "score_thresh": 0.05, "nms_thresh": 0.5}
+    return mine(partial(RetinaNet, width=256), plain=plain), peer(
+        tv.RetinaNet, size, learnt=True, first=0, plain=plain, **options
+    )
+
+
+def faster_rcnn_pair(size: int, *, plain: bool) -> tuple[Mine, Peer]:
+    """Faster R-CNN with as many proposals and regions learnt on both sides."""
+    head = partial(FasterRCNN, width=256, hidden=HIDDEN, regions_learnt=REGIONS, proposals=PROPOSALS)
+    options = {
+        "rpn_anchor_generator": AnchorGenerator([[4 * stride] for stride in STRIDES], (RATIOS,) * len(STRIDES)),
+        "box_roi_pool": MultiScaleRoIAlign(["0", "1", "2"], 7, 2),
+        "rpn_pre_nms_top_n_train": 1000,
+        "rpn_post_nms_top_n_train": PROPOSALS,
+        "rpn_post_nms_top_n_test": PROPOSALS,
+        "box_batch_size_per_image": REGIONS,
+    }
+    return mine(head, plain=plain), peer(tv.FasterRCNN, size, learnt=False, first=1, plain=plain, **options)
+
+
+PAIRS = {"FCOS": fcos_pair, "RetinaNet": retinanet_pair, "Faster R-CNN": faster_rcnn_pair}
+
+
+def made_batch(size: int, images: int) -> Batch:
+    """Noise with ten objects an image."""
+    corners = torch.rand(images, 10, 2) * size * 0.7
+    sides = (0.05 + 0.25 * torch.rand(images, 10, 2)) * size
+    boxes = torch.cat([corners, corners + sides], dim=2)
+    labels = torch.randint(0, len(CLASSES), (images, 10))
+    pixels = torch.randint(0, 256, (images, size, size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    targets = [{"boxes": own, "labels": named} for own, named in zip(boxes, labels, strict=True)]
+    return {"image": pixels, "targets": targets, "index": torch.arange(images)}
+
+
+def precision(plain: bool) -> AbstractContextManager[Any]:
+    return torch.autocast("cpu", torch.bfloat16, enabled=not plain and native_bfloat16())
+
+
+def trained(model: Mine | Peer, optimizer: torch.optim.Optimizer, batch: Batch, *, plain: bool) -> float:
+    """Seconds of one optimiser step."""
+    model.train()
+    start = time.perf_counter()
+    with precision(plain):
+        loss = model.loss(batch)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return time.perf_counter() - start
+
+
+@torch.no_grad()
+def inferred(model: Mine | Peer, batch: Batch, *, plain: bool) -> float:
+    """Seconds of the detections of a batch."""
+    model.eval()
+    start = time.perf_counter()
+    with precision(plain):
+        model.detections(batch)
+    return time.perf_counter() - start
+
+
+def kept(model: Mine | Peer, batch: Batch, *, plain: bool) -> int:
+    """Bytes of the distinct tensors that autograd keeps."""
+    storages: dict[int, Any] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    model.train()
+    with precision(plain), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = model.loss(batch)
+    total = sum(storage.nbytes() for storage in storages.values())
+    loss.backward()
+    model.zero_grad()
+    return total
+
+
+def shares(model: Mine, batch: Batch, *, plain: bool) -> dict[str, float]:
+    """Parts of one step's time: backbone, head and loss forwards, and everything's backward."""
+    task, marks = model.task.train(), [time.perf_counter()]
+    with precision(plain):
+        features = task.backbone(task.images(batch))
+        marks.append(time.perf_counter())
+        raw = task.head(features)
+        marks.append(time.perf_counter())
+        terms = task.head.loss(raw, batch["targets"], keys=batch["index"])
+        marks.append(time.perf_counter())
+    sum((total for total, _ in terms.values()), torch.zeros(())).backward()
+    marks.append(time.perf_counter())
+    model.zero_grad()
+    parts = [after - before for before, after in pairwise(marks)]
+    return {name: part / sum(parts) for name, part in zip(("backbone", "head", "loss", "backward"), parts, strict=True)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--plain", action="store_true")
+    given = parser.parse_args()
+    for name, pair in PAIRS.items():
+        torch.manual_seed(0)
+        batch = made_batch(given.size, given.batch)
+        models = pair(given.size, plain=given.plain)
+        optimizers = [torch.optim.SGD(model.parameters(), lr=1e-4) for model in models]
+        steps, inferences = [], []
+        for _ in range(given.rounds + 1):
+            both = zip(models, optimizers, strict=True)
+            steps.append([trained(model, optimizer, batch, plain=given.plain) for model, optimizer in both])
+            inferences.append([inferred(model, batch, plain=given.plain) for model in models])
+        step, theirs = (statistics.median(column) for column in zip(*steps[1:], strict=True))
+        print(f"{name}: a step {step:.3f} s, torchvision {theirs:.3f} s; ours x ", end="")
+        print(f"{statistics.median(ours / peers for ours, peers in steps[1:]):.2f} (target 0.90), inference x ", end="")
+        print(f"{statistics.median(ours / peers for ours, peers in inferences[1:]):.2f} (1.00), memory x ", end="")
+        memory = [kept(model, batch, plain=given.plain) for model in models]
+        print(f"{memory[0] / memory[1]:.2f} (1.00)")
+        print("  " + ", ".join(f"{k} {v:.0%}" for k, v in shares(models[0], batch, plain=given.plain).items()))
+
+
+if __name__ == "__main__":
+    main()
