@@ -33,7 +33,7 @@ def pool_regions(maps: list[Tensor], boxes: Sequence[Tensor], strides: Sequence[
     index = (first[:, None, None] + rows * width[:, None, None])[:, :, None, :, None] + columns[:, None, :, None, :]
     weight = across[:, :, None, :, None] * along[:, None, :, None, :]  # (N, size, size, 4, 4)
     table = torch.cat([each.permute(0, 2, 3, 1).flatten(0, 2) for each in maps]).float()  # (all places, C)
-    pooled = F.embedding_bag(index.reshape(-1, 16), table, per_sample_weights=weight.reshape(-1, 16), mode="sum")
+    pooled = F.embedding_bag(index.reshape(-1, 16).int(), table, per_sample_weights=weight.reshape(-1, 16), mode="sum")
     return pooled.view(len(regions), size, size, table.shape[1]).permute(0, 3, 1, 2)
 
 
