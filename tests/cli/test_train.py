@@ -219,3 +219,16 @@ def test_the_readmes_library_example(tmp_path: Path, monkeypatch: pytest.MonkeyP
     names: dict[str, object] = {}
     exec(example.replace("image_size=64, batch_size=32", small), names)
     assert names["trainer"].global_step == 4  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("backbone", "size", "narrow"), [("resnet18", 32, True), ("resnet18", 64, False), ("resnet20", 32, False)]
+)
+def test_bfloat16_is_left_where_its_gradients_would_be_wrong(
+    backbone: str, size: int, narrow: bool, call: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("visiontasks.cli.build.native_bfloat16", lambda: True)
+    settings = [f"backbone={backbone}", f"data.image_size={size}", "data.train_size=16", "trainer.max_epochs=1"]
+    call("train", *TINY, *settings, "test=false", f"hydra.run.dir={tmp_path}")
+    precision = json.loads((tmp_path / "summary.json").read_text())["precision"]
+    assert precision == ("32-true" if narrow else "bf16-mixed")

@@ -121,6 +121,16 @@ def resolved_precision(precision: Any) -> Any:
     return "bf16-mixed" if native_bfloat16() else "32-true"
 
 
+def one_column_wide(task: Task, data: DataModule) -> bool:
+    """Whether the coarsest map of a training image is one column wide.
+
+    On a CPU, oneDNN's bfloat16 gradients of strided convolutions are then not finite, or wrong (torch 2.15).
+    """
+    side = data.image_size
+    width = side if isinstance(side, int) else side[1]
+    return width <= max(level.stride for level in task.backbone.levels)
+
+
 def find_checkpoint(path: str) -> Path:
     """The checkpoint meant by a path: itself, or a run folder's best.ckpt, else its last.ckpt."""
     place = Path(path).expanduser()

@@ -50,8 +50,9 @@ def train(composed: "DictConfig") -> float:
     """One run: returns the best value of the monitored figure."""
     from hydra.core.hydra_config import HydraConfig
     from lightning import seed_everything
+    from torch import cuda
 
-    from visiontasks.cli.build import build_data, build_task, build_trainer, plain
+    from visiontasks.cli.build import build_data, build_task, build_trainer, one_column_wide, plain
 
     hydra = HydraConfig.get()
     config, folder = plain(composed), Path(hydra.runtime.output_dir)
@@ -70,6 +71,8 @@ def train(composed: "DictConfig") -> float:
         print(init_backbone(task.backbone, config["init_from"]))
     if config["compile"]:
         task.compile_parts()
+    if config["trainer"]["precision"] == "auto" and not cuda.is_available() and one_column_wide(task, data):
+        config["trainer"]["precision"] = "32-true"
     trainer = build_trainer(config, folder=folder)
     if trainer.is_global_zero:
         begin_folder(folder, composed, list(hydra.overrides.task))
