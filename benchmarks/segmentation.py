@@ -1,8 +1,8 @@
 """A training step beside segmentation_models_pytorch's U-Net and torchvision's FCN: python benchmarks/segmentation.py
 
 The same backbone, uint8 batch, precision, layout, cross-entropy and optimiser, alternating in one process; medians of
-the ratios of neighbouring steps. Memory is what autograd keeps for the backward pass. Wants segmentation_models_pytorch,
-which the project itself does not: pip install segmentation-models-pytorch
+the ratios of neighbouring steps. Memory is what autograd keeps for the backward pass. Wants
+segmentation_models_pytorch, which the project itself does not: pip install segmentation-models-pytorch
 """
 
 import argparse

@@ -44,16 +44,18 @@ def config(*overrides: str) -> dict[str, Any]:
 
 def step(task: Task) -> float:
     """One optimiser step on four images; returns the loss."""
-    box, region = torch.tensor([[8.0, 16.0, 40.0, 56.0]]), torch.zeros(1, 64, 64, dtype=torch.uint8)
-    region[:, 16:56, 8:40] = 1
+    boxes = torch.tensor([[8.0, 16.0, 40.0, 56.0], [2.0, 2.0, 62.0, 60.0], [44.0, 4.0, 56.0, 18.0]])
+    places = torch.arange(64)
+    inside = (places >= boxes[:, :2, None]) & (places < boxes[:, 2:, None])  # (3, 2, 64) columns, rows
+    regions = (inside[:, 1, :, None] & inside[:, 0, None]).to(torch.uint8)  # (3, 64, 64)
     batch = {
         "image": torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8),
         "index": torch.arange(4),
         "label": torch.tensor([0, 1, 2, 0]),
         "mask": torch.randint(0, 3, (4, 64, 64), dtype=torch.uint8),
-        "bboxes": [box, box[:0], box, box],
-        "labels": [torch.tensor([1]), torch.tensor([], dtype=torch.int64), torch.tensor([0]), torch.tensor([2])],
-        "masks": [region, region[:0], region, region],
+        "bboxes": [boxes, boxes[:0], boxes[1:], boxes[2:]],
+        "labels": [torch.tensor(labels, dtype=torch.int64) for labels in ([0, 1, 2], [], [1, 2], [2])],
+        "masks": [regions, regions[:0], regions[1:], regions[2:]],
     }
     optimizer = torch.optim.SGD(task.parameters(), lr=0.1)
     task.train()
@@ -75,7 +77,8 @@ def one_step(task: str, backbone: str, head: str) -> None:
     assert math.isfinite(step(built))
     assert math.isfinite(step(built))  # a head that starts at zero moves the backbone in the second step
     moved = sum(not torch.equal(old, new) for old, new in zip(before, built.parameters(), strict=True))
-    assert moved > 0.7 * len(before)  # stochastic depth leaves some blocks out
+    least = 0.5 if head == "ssd" else 0.7  # stochastic depth leaves blocks out; SSD's coarse levels see no object here
+    assert moved > least * len(before)
 
 
 @pytest.mark.parametrize(("task", "backbone", "head"), [cell for cell in CELLS if cell[1] in FAMILIES])
