@@ -1,9 +1,13 @@
-"""Images per CPU second of the default classification pipeline, against torchvision.transforms.v2 doing the same work.
+"""Images per CPU second of the default pipelines, against torchvision.transforms.v2 and plain albumentations.
 
     python benchmarks/loading.py [FOLDER_OF_JPEGS] [--images 48] [--rounds 9]
 
-Same work: decode the file, cut a random window and resize it to 224, mirror, jitter the colours (or not), collate. One
-process, one thread, process time; all pipelines take turns, and what is printed are medians over the rounds, ratios
+Classification, against torchvision: decode the file, cut a random window and resize it to 224, mirror, jitter the
+colours (or not), collate. Segmentation, against albumentations: decode the file, scale image and mask by 0.5 to 2, pad
+and crop to 512, mirror, jitter the colours; both sides decode alike and get the same masks from memory, and neither
+collates.
+
+One process, one thread, process time; all pipelines take turns, and what is printed are medians over the rounds, ratios
 being taken within a round. Without a folder the files are crops of scikit-learn's two photographs, 500 x 375, JPEG
 quality 90, written to a temporary folder.
 """
@@ -20,21 +24,26 @@ from typing import Any
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
+import albumentations as A
 import cv2
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch.utils.data import default_collate
 from torchvision.transforms import v2
 
 from visiontasks.contracts import Sample
-from visiontasks.data.augment import crop_and_colour
+from visiontasks.data.augment import IGNORE, crop_and_colour, scale_and_crop
+from visiontasks.data.colour import ColourMatrix
 from visiontasks.data.image_folder import ImageFiles
+from visiontasks.data.images import read_image
 from visiontasks.data.module import Views, collate
 from visiontasks.data.source import Cached, Source
 
 SIZE = 224
+CROP = 512  # of segmentation
 SCALE = (0.5, 1.0)
 JITTER: dict[str, Any] = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
 STILL: dict[str, Any] = dict.fromkeys(JITTER, 0.0)
@@ -43,11 +52,34 @@ MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 Pipeline = Callable[[int], object]  # an epoch's number to its images, collated
 
 
+class Patched(ImageFiles):
+    """Image files, each with a mask of squares of 32 pixels that is kept in memory."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        super().__init__(paths)
+        self.masks = [patches(*read_image(path).shape[:2]) for path in paths]
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = super().__getitem__(index)
+        sample["mask"] = self.masks[index]
+        return sample
+
+
+def patches(height: int, width: int) -> NDArray[np.uint8]:
+    return (np.add.outer(np.arange(height) // 32, np.arange(width) // 32) % 21).astype(np.uint8)
+
+
 def ours(source: Source, epoch: int, *, transform: Any) -> torch.Tensor:
     views = Views(source, transform, split="train", keys=frozenset())
     images = collate([views[epoch, index] for index in range(len(views))])["image"]
     assert isinstance(images, torch.Tensor)  # (B, 3, H, W) uint8
     return images
+
+
+def with_masks(source: Source, epoch: int, *, transform: Any) -> None:
+    views = Views(source, transform, split="train", keys=frozenset({"mask"}))
+    for index in range(len(views)):
+        views[epoch, index]
 
 
 def torchvisions(paths: list[Path], epoch: int, *, transform: Callable[[Any], torch.Tensor]) -> torch.Tensor:
@@ -85,6 +117,22 @@ def pipelines(paths: list[Path]) -> dict[str, Pipeline]:
     sequential = crop_and_colour(size=SIZE, mirror=True, scale=SCALE, colour="sequential", **JITTER)
     table["ours, jitter in sequence"] = partial(ours, files, transform=sequential)
     return table
+
+
+def segmentation_pipelines(paths: list[Path]) -> dict[str, Pipeline]:
+    steps = [
+        A.RandomScale(scale_limit=(-0.5, 1.0), p=1.0),
+        A.PadIfNeeded(CROP, CROP, border_mode=cv2.BORDER_CONSTANT, fill=(124, 116, 104), fill_mask=IGNORE),
+        A.RandomCrop(CROP, CROP),
+        A.HorizontalFlip(p=0.5),
+    ]
+    transforms = {
+        "ours": scale_and_crop(size=CROP, mirror=True, **JITTER),
+        "albumentations": A.Compose([*steps, A.ColorJitter(**JITTER, p=1.0)]),
+        "albumentations, our colour matrix": A.Compose([*steps, ColourMatrix(**JITTER)]),
+    }
+    source = Patched(paths)
+    return {name: partial(with_masks, source, transform=transform) for name, transform in transforms.items()}
 
 
 def rates(table: dict[str, Pipeline], *, count: int, rounds: int) -> dict[str, list[float]]:
@@ -135,7 +183,19 @@ def report(paths: list[Path], rounds: int) -> None:
             other = f"torchvision v2, {words}, {name}"
             print(f"ours / {other:48} {ratio(mine, measured[other]):6.2f}  (wanted: {target})")
         print(f"cache=ram / ours, {words:37} {ratio(measured[f'ours, {words}, cache=ram'], mine):6.2f}  (wanted: 5)")
+    report_segmentation(paths, rounds)
     print(f"collating float / uint8, time {collating(rounds):31.1f}")
+
+
+def report_segmentation(paths: list[Path], rounds: int) -> None:
+    measured = rates(segmentation_pipelines(paths), count=len(paths), rounds=rounds)
+    print(f"\n{'segmentation, crops of ' + str(CROP):55} images per CPU second")
+    for name, values in measured.items():
+        print(f"{name:55} {statistics.median(values):8.0f}")
+    print()
+    for name in ("albumentations", "albumentations, our colour matrix"):
+        wanted = "  (wanted: 1.8)" if name == "albumentations" else ""
+        print(f"ours / {name:48} {ratio(measured['ours'], measured[name]):6.2f}{wanted}")
 
 
 def main() -> None:

@@ -40,11 +40,6 @@ class View(NamedTuple):
         """Height and width of the part of the crop that shows the image."""
         return self.rows.last - self.rows.first, self.columns.last - self.columns.first
 
-    @property
-    def area(self) -> int:
-        """Pixels of that part."""
-        return self.shape[0] * self.shape[1]
-
     def cut(self, pixels: Pixels) -> Pixels:
         """The part of an image or mask (H, W, ...) that is shown, not a copy."""
         return pixels[self.rows.start : self.rows.stop, self.columns.start : self.columns.stop]
@@ -105,19 +100,20 @@ class ScaledCrop(A.DualTransform):  # type: ignore[misc]
         return {"view": View(rows, columns, mirrored), "colours": self._colours()}
 
     def apply(self, img: Pixels, view: View, colours: dict[str, Any], **_: Any) -> Pixels:
-        """Return a new (h, w, 3) image."""
+        """Return a new (h, w, 3) image; it is coloured and mirrored while it is small, before or after resizing."""
         window = view.cut(img)
-        enlarged = view.area > window.shape[0] * window.shape[1]
-        if self.jitter and enlarged:  # fewer pixels to colour, and the order makes no difference
+        if view.shape[0] * view.shape[1] <= window.shape[0] * window.shape[1]:
+            window = resized(window, view.shape)
+        if self.jitter:
             window = self.jitter.apply(window, **colours)
-        window = resized(window, view.shape)
-        if self.jitter and not enlarged:
-            window = self.jitter.apply(window, **colours)
-        return self._placed(window, view, self.padding)
+        if view.mirrored:
+            window = cv2.flip(window, 1)
+        return self._padded(resized(window, view.shape), view, self.padding)
 
     def apply_to_mask(self, mask: Pixels, view: View, outside: int = IGNORE, **_: Any) -> Pixels:
         """Return a new (h, w) mask."""
-        return self._placed(resized_mask(view.cut(mask), view.shape), view, (outside,))
+        window = resized_mask(view.cut(mask), view.shape)
+        return self._padded(cv2.flip(window, 1) if view.mirrored else window, view, (outside,))
 
     def apply_to_masks(self, masks: Pixels, view: View, **_: Any) -> Pixels:
         """Return new instance masks, (N, h, w)."""
@@ -141,12 +137,13 @@ class ScaledCrop(A.DualTransform):  # type: ignore[misc]
         self.jitter.py_random = self.py_random
         return self.jitter.get_params()
 
-    def _placed(self, window: Pixels, view: View, padding: tuple[int, ...]) -> Pixels:
-        if window.shape[:2] != self.size:
-            below, right = self.size[0] - view.rows.last, self.size[1] - view.columns.last
-            edges = (view.rows.first, below, view.columns.first, right)
-            window = cv2.copyMakeBorder(window, *edges, cv2.BORDER_CONSTANT, value=padding)
-        return cv2.flip(window, 1) if view.mirrored else window
+    def _padded(self, window: Pixels, view: View, padding: tuple[int, ...]) -> Pixels:
+        if window.shape[:2] == self.size:
+            return window
+        above, left = view.rows.first, view.columns.first
+        below, right = self.size[0] - view.rows.last, self.size[1] - view.columns.last
+        edges = (above, below, right, left) if view.mirrored else (above, below, left, right)
+        return cv2.copyMakeBorder(window, *edges, cv2.BORDER_CONSTANT, value=padding)  # type: ignore[no-any-return]
 
 
 class ShortSide(A.DualTransform):  # type: ignore[misc]
