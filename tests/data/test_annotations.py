@@ -241,7 +241,11 @@ OTHERS: dict[str, tuple[Spoil, str, str]] = {  # kind: how to make it, what is s
         "image 8, .*b.png",
     ),
     "voc no name": (spoiled_voc(voc_object(GOOD, "")), "unknown label", "b.xml, object 1, has no name"),
-    "voc three corners": (spoiled_voc(voc_object(GOOD[:3])), "count mismatch", "b.xml, object 1, has a box of 3 numbers"),
+    "voc three corners": (
+        spoiled_voc(voc_object(GOOD[:3])),
+        "count mismatch",
+        "b.xml, object 1, has a box of 3 numbers",
+    ),
     "voc words": (spoiled_voc(voc_object(("x", 1, 2, 3))), "NaN box", "b.xml, object 1, has the box"),
     "voc missing file": (without(voc, VocXml, "JPEGImages/b.png"), "missing file", "b.xml has no image"),
     "voc empty file": (without(voc, VocXml, "Annotations/b.xml", b""), "empty annotation file", "b.xml is an empty"),
