@@ -34,8 +34,8 @@ from sklearn.datasets import load_sample_images
 from torch.utils.data import default_collate
 from torchvision.transforms import v2
 
-from visiontasks.contracts import Sample
-from visiontasks.data.augment import IGNORE, crop_and_colour, scale_and_crop
+from visiontasks.contracts import IGNORE, Sample
+from visiontasks.data.augment import crop_and_colour, scale_and_crop
 from visiontasks.data.colour import ColourMatrix
 from visiontasks.data.image_folder import ImageFiles
 from visiontasks.data.images import read_image

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from visiontasks.errors import UsageError
 
-__all__ = ["Backbone", "Batch", "Head", "Level", "Sample", "Transform", "UsageError"]
+__all__ = ["IGNORE", "Backbone", "Batch", "Head", "Level", "Sample", "Transform", "UsageError"]
+
+IGNORE = 255  # what a semantic mask says of a pixel that counts nowhere
 
 
 class Level(NamedTuple):

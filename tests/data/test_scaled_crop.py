@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from visiontasks.contracts import Sample, UsageError
+from visiontasks.contracts import IGNORE, Sample, UsageError
 from visiontasks.data import augment
 from visiontasks.data.colour import ColourMatrix
 from visiontasks.data.randomness import draw
-from visiontasks.data.scaled_crop import IGNORE, ScaledCrop
+from visiontasks.data.scaled_crop import ScaledCrop
 
 GREY = (124, 116, 104)
 RNG = np.random.default_rng(0)

@@ -8,12 +8,10 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from visiontasks.contracts import UsageError
+from visiontasks.contracts import IGNORE, UsageError
 from visiontasks.data.colour import ColourMatrix
-from visiontasks.data.scaled_crop import IGNORE as IGNORE
-from visiontasks.data.scaled_crop import ScaledCrop, ShortSide, resized
+from visiontasks.data.scaled_crop import ScaledCrop, ShortSide, Size, resized, sides
 
-Size = int | Sequence[int]  # one side of a square, or (height, width)
 Range = Sequence[float]  # (least, most)
 Colour = Literal["matrix", "sequential"]
 
@@ -44,7 +42,7 @@ def crop_and_colour(
     Raises UsageError where `colour` is another word.
     """
     steps = [
-        RandomWindow(size=_pair(size), scale=tuple(scale), ratio=tuple(ratio)),
+        RandomWindow(size=sides(size), scale=tuple(scale), ratio=tuple(ratio)),
         *_mirrored(mirror),
         *_turned(rotation=rotation, shear=shear, boxes=boxes),
         *_coloured(colour, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue),
@@ -58,7 +56,7 @@ def resize_and_crop(*, size: Size, mirror: bool = False, boxes: bool = False, fr
     `fraction` is the window's share of that side: 0.875 is the "256, then 224" of the ImageNet recipes. An image that
     already has the size comes back unchanged. `mirror` is taken, and not used, so that all factories are called alike.
     """
-    return compose([CentreWindow(size=_pair(size), fraction=fraction)], boxes=boxes)
+    return compose([CentreWindow(size=sides(size), fraction=fraction)], boxes=boxes)
 
 
 def scale_and_crop(
@@ -89,7 +87,7 @@ def scale_and_crop(
     jitter = coloured.pop() if colour == "matrix" and coloured else None
     factors = (scale[0], scale[1])
     steps = [
-        ScaledCrop(_pair(size), factors, short_side=short_side, mirror=mirror, jitter=jitter, fill=_GREY),
+        ScaledCrop(sides(size), factors, short_side=short_side, mirror=mirror, jitter=jitter, fill=_GREY),
         *_turned(rotation=rotation, shear=0.0, boxes=boxes, fill=_GREY),
         *coloured,
     ]
@@ -109,7 +107,7 @@ def pad_and_crop(*, size: Size, mirror: bool, boxes: bool = False, pad: int = 4,
 
     The CIFAR recipe of He et al. 2015 (arXiv 1512.03385, section 4.2). An image of another size is resized first.
     """
-    height, width = _pair(size)
+    height, width = sides(size)
     steps = [
         CentreWindow(size=(height, width)),
         A.Pad(padding=pad, fill=fill, fill_mask=_mask_fill(boxes)),
@@ -147,7 +145,7 @@ def light_geometry(
         p=1.0,
     )
     exposure = ColourMatrix(brightness=brightness, contrast=contrast, saturation=0.0, hue=0.0)
-    return compose([CentreWindow(size=_pair(size)), affine, exposure], boxes=boxes)
+    return compose([CentreWindow(size=sides(size)), affine, exposure], boxes=boxes)
 
 
 def rand_augment(
@@ -168,7 +166,7 @@ def rand_augment(
     """
     if not 0 <= strength <= 1:
         raise UsageError(f"strength={strength} is not between 0 and 1: type augment.train.strength=0.5")
-    crop = RandomWindow(size=_pair(size), scale=tuple(scale))
+    crop = RandomWindow(size=sides(size), scale=tuple(scale))
     adjustments = _tones(strength) + _colours(0.9 * strength) + _moves(strength, fill_mask=_mask_fill(boxes))
     return compose([crop, *_mirrored(mirror), A.RandomOrder(adjustments, n=operations, replace=True)], boxes=boxes)
 
@@ -293,7 +291,3 @@ def _coloured(colour: Colour, **strengths: float) -> list[A.ImageOnlyTransform]:
 def _mask_fill(boxes: bool) -> int:
     """255 = ignore in a semantic mask; 0 = not this object in the instance masks that come with boxes."""
     return 0 if boxes else IGNORE
-
-
-def _pair(size: Size) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])

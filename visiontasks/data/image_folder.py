@@ -12,10 +12,10 @@ import numpy as np
 from visiontasks.contracts import Sample, UsageError
 from visiontasks.data.images import SUFFIXES, printable, read_image
 from visiontasks.data.module import DataModule
-from visiontasks.data.sampling import held_out
+from visiontasks.data.sampling import cut
 from visiontasks.data.source import Source, Subset
 
-_SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+SPLIT_WORDS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 
 
 class ImageFiles:
@@ -113,29 +113,23 @@ class ImageFolder(DataModule):
     def _find_folders(self) -> dict[str, Path]:
         if not self.root.is_dir():
             raise UsageError(f"{self.root.absolute()} is no folder: {_EXPECTED}")
-        below = {folder.name.lower(): folder for folder in _subfolders(self.root)}
-        found = {split: below[name] for split, names in _SPLIT_FOLDERS.items() for name in names if name in below}
+        found = split_folders(self.root)
         if found and "train" not in found:
-            raise UsageError(f"{self.root} holds {', '.join(sorted(below))} but no train folder: {_EXPECTED}")
+            names = ", ".join(sorted(folder.name.lower() for folder in _subfolders(self.root)))
+            raise UsageError(f"{self.root} holds {names} but no train folder: {_EXPECTED}")
         return found or {"train": self.root}
 
     def _share(self, split: str) -> Source:
         whole = self._labelled(self.folders()["train"])
-        rest = np.arange(len(whole))
         labels = np.zeros(len(whole), np.int64) if whole.labels is None else np.array(whole.labels)
-        for part, fraction in self._fractions().items():
-            kept, held = held_out(labels[rest], fraction=fraction, seed=self.seed)
-            if part == split:
-                return Subset(whole, rest[held])
-            rest = rest[kept]
-        return Subset(whole, rest)
-
-    def _fractions(self) -> dict[str, float]:
-        """What is cut from train, each as a share of what the one before left over."""
-        fractions = {} if "test" in self.folders() or self.test_fraction == 0 else {"test": self.test_fraction}
-        if "val" not in self.folders():
-            fractions["val"] = self.val_fraction / (1 - fractions.get("test", 0.0))
-        return fractions
+        parts = cut(
+            labels,
+            val_fraction=self.val_fraction,
+            test_fraction=self.test_fraction,
+            given=self.folders(),
+            seed=self.seed,
+        )
+        return Subset(whole, parts[split])
 
     def _labelled(self, folder: Path) -> ImageFiles:
         names = _class_folders(folder)
@@ -165,6 +159,12 @@ def _class_folders(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise UsageError(f"{folder} is no folder: {_EXPECTED}")
     return _subfolders(folder)
+
+
+def split_folders(root: Path) -> dict[str, Path]:
+    """The folder of each split that has one directly in root."""
+    below = {folder.name.lower(): folder for folder in _subfolders(root)}
+    return {split: below[word] for split, words in SPLIT_WORDS.items() for word in words if word in below}
 
 
 def visible_files(folder: Path) -> list[Path]:

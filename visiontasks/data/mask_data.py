@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from visiontasks.contracts import UsageError
 from visiontasks.data.image_folder import ImageFiles, visible_files
 from visiontasks.data.images import printable
 from visiontasks.data.masks import MaskFiles, MaskReader, Pair
 from visiontasks.data.module import DataModule
-from visiontasks.data.sampling import held_out
 from visiontasks.data.source import Source
 
 _NAMED = 3  # orphans that an error lists
@@ -64,23 +61,6 @@ def matched(images: Path, masks: Path) -> list[Pair]:
             f"{images.absolute()} holds no images: put images there, and masks of the same names in {masks}"
         )
     return [Pair(str(found[stem]), str(partners[stem])) for stem in sorted(found)]
-
-
-def cut(pairs: list[Pair], fractions: Mapping[str, float], *, seed: int) -> dict[str, list[Pair]]:
-    """Parts of a list by name, each a share of the whole drawn by the seed; what is left over is "train".
-
-    Raises UsageError where a fraction is not between 0 and 1, or nothing would be left.
-    """
-    if sum(fractions.values()) >= 1:
-        given = ", ".join(f"data.{name}_fraction={value}" for name, value in fractions.items())
-        raise UsageError(f"{given} leave nothing to train on: give fractions that add up to less than 1")
-    parts: dict[str, list[Pair]] = {}
-    rest, left = np.arange(len(pairs)), 1.0
-    for name, fraction in fractions.items():
-        kept, held = held_out(np.zeros(len(rest), np.int64), fraction=fraction / left, seed=seed)
-        parts[name] = [pairs[position] for position in rest[held]]
-        rest, left = rest[kept], left - fraction
-    return parts | {"train": [pairs[position] for position in rest]}
 
 
 def _by_stem(folder: Path) -> dict[str, Path]:

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 from PIL import Image
 
-from visiontasks.contracts import UsageError
-from visiontasks.data.mask_data import MaskData, cut, matched
-from visiontasks.data.masks import IGNORE, ColourMasks, IndexMasks, MaskReader, Pair
-from visiontasks.data.object_files import split_folders
+from visiontasks.contracts import IGNORE, UsageError
+from visiontasks.data.image_folder import split_folders
+from visiontasks.data.mask_data import MaskData, matched
+from visiontasks.data.masks import ColourMasks, IndexMasks, MaskReader, Pair
+from visiontasks.data.sampling import cut
 
 Colour = tuple[int, int, int]
 
@@ -116,11 +118,15 @@ class MaskFolder(MaskData):
 
     def _find_parts(self) -> dict[str, list[Pair]]:
         found = {split: matched(folder / "images", folder / "masks") for split, folder in self._folders().items()}
-        fractions = {"test": self.test_fraction, "val": self.val_fraction}
-        missing = {split: share for split, share in fractions.items() if split not in found}
-        if self.test_fraction == 0:
-            missing.pop("test", None)
-        parts = found | cut(found["train"], missing, seed=self.seed)
+        whole = found["train"]
+        positions = cut(
+            np.zeros(len(whole), np.int64),
+            val_fraction=self.val_fraction,
+            test_fraction=self.test_fraction,
+            given=found,
+            seed=self.seed,
+        )
+        parts = found | {split: [whole[index] for index in own] for split, own in positions.items()}
         return {"test": parts["val"]} | parts
 
     def _folders(self) -> dict[str, Path]:

@@ -16,12 +16,11 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from visiontasks.contracts import Sample, UsageError
+from visiontasks.contracts import IGNORE, Sample, UsageError
 from visiontasks.data.annotations import upright_size
 from visiontasks.data.images import BadFile, read_image, read_mask
 from visiontasks.data.source import Source, fingerprint, user_cache
 
-IGNORE = 255
 MOST_CLASSES = 254
 _UNKNOWN = 254  # what a table says of a value that stands for nothing
 _BLURRED = frozenset({".jpg", ".jpeg"})

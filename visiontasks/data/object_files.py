@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,12 +11,11 @@ from numpy.typing import NDArray
 
 from visiontasks.contracts import Sample, Transform, UsageError
 from visiontasks.data.annotations import Finding, Objects, Policy, Table, checked, rasterised, settle
+from visiontasks.data.image_folder import SPLIT_WORDS
 from visiontasks.data.images import SUFFIXES, BadFile, read_image
 from visiontasks.data.module import DataModule
-from visiontasks.data.sampling import held_out
+from visiontasks.data.sampling import cut
 from visiontasks.data.source import Source, Subset
-
-SPLIT_WORDS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 
 
 class Annotations(NamedTuple):
@@ -125,7 +123,16 @@ class ObjectData(DataModule):
             return self.source("val")
         part = split if split in objects else "train"
         whole = ObjectFiles(objects[part], masks="masks" in self.keys, truth=split != "train")
-        return whole if part != "train" else Subset(whole, self._share(split, len(whole)))
+        if part != "train":
+            return whole
+        parts = cut(
+            np.zeros(len(whole), np.int64),
+            val_fraction=self.val_fraction,
+            test_fraction=self.test_fraction,
+            given=objects,
+            seed=self.seed,
+        )
+        return Subset(whole, parts[split])
 
     def read_classes(self) -> tuple[str, ...]:
         """The names in the annotations."""
@@ -162,20 +169,6 @@ class ObjectData(DataModule):
         self.eval_transform = self.eval_transform or resize_to_fit
         return super()._transform(train=train, keys=keys)
 
-    def _share(self, split: str, size: int) -> NDArray[np.int64]:
-        """Positions in train that belong to a split: test is cut first, then val from the rest."""
-        rest = np.arange(size)
-        test = 0.0 if "test" in self._objects else self.test_fraction
-        fractions = {"test": test, "val": 0.0 if "val" in self._objects else self.val_fraction / (1 - test)}
-        for part, fraction in fractions.items():
-            if fraction == 0:
-                continue
-            kept, held = held_out(np.zeros(len(rest), np.int64), fraction=fraction, seed=self.seed)
-            if part == split:
-                return rest[held]
-            rest = rest[kept]
-        return rest
-
 
 def images_below(folder: Path) -> dict[str, str]:
     """Path of each image directly in a folder, by file name."""
@@ -195,14 +188,3 @@ def split_of(name: str) -> str | None:
     """The split that a word in a file's or folder's name stands for, as in instances_val2017."""
     words = "".join(letter if letter.isalpha() else " " for letter in name.lower()).split()
     return next((split for split, known in SPLIT_WORDS.items() if set(known) & set(words)), None)
-
-
-def split_folders(root: Path) -> dict[str, Path]:
-    """The folder of each split that has one directly in root."""
-    below = {path.name.lower(): path for path in root.iterdir() if path.is_dir()}
-    return {split: below[word] for split, words in SPLIT_WORDS.items() for word in words if word in below}
-
-
-def class_index(names: Iterable[str]) -> Mapping[str, int]:
-    """Position of each class name, for looking it up."""
-    return {name: position for position, name in enumerate(names)}

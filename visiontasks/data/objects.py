@@ -11,13 +11,11 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from visiontasks.contracts import Sample, UsageError
+from visiontasks.contracts import IGNORE, Sample, UsageError
 from visiontasks.data.annotations import tight_boxes
-from visiontasks.data.augment import Range, Size
+from visiontasks.data.augment import Range
 from visiontasks.data.colour import ColourMatrix
-from visiontasks.data.scaled_crop import IGNORE, resized, resized_mask
-
-Shape = tuple[int, int]  # height, width
+from visiontasks.data.scaled_crop import Shape, Size, resized, resized_mask, sides
 
 GREY = 114  # what the padding shows, near the mean of photographs
 LEAST_SIDE = 1.0  # pixels of the smallest box that is still a training target
@@ -58,7 +56,7 @@ def scale_and_crop_objects(
             raise UsageError(f"{name}={value} is no probability: type augment.train.{name}=0.5")
     strengths = {"brightness": brightness, "contrast": contrast, "saturation": saturation, "hue": hue}
     return ObjectAugment(
-        size=_pair(size),
+        size=sides(size),
         mirror=mirror,
         scale=(scale[0], scale[1]),
         visible=visible,
@@ -76,7 +74,7 @@ def resize_to_fit(*, size: Size, mirror: bool = False, boxes: bool = False, fill
     Samples gain "scale" (float32) and "size" (2,) int64, the original height and width: boxes / scale are in the file's
     own pixels. `mirror` and `boxes` are taken, and not used, so that all factories are called alike.
     """
-    return Fit(size=_pair(size), fill=fill)
+    return Fit(size=sides(size), fill=fill)
 
 
 class Placement(NamedTuple):
@@ -329,7 +327,3 @@ def _enough(boxes: NDArray[Any]) -> NDArray[np.bool_]:
 
 def _area(boxes: NDArray[Any]) -> NDArray[Any]:
     return np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)  # type: ignore[no-any-return]
-
-
-def _pair(size: Size) -> Shape:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])

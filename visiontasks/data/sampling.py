@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Container, Iterator, Sequence, Sized
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,6 +70,34 @@ def too_large_a_batch(batch_size: int, num_replicas: int, size: int) -> str:
     many = f" on each of {num_replicas} processes" if num_replicas > 1 else ""
     fits = f"type data.batch_size={size // num_replicas} or less" if size >= num_replicas else "use fewer processes"
     return f"data.batch_size={batch_size}{many} does not fit into {size} training images: {fits}"
+
+
+def cut(
+    labels: NDArray[np.int64],
+    *,
+    val_fraction: float,
+    test_fraction: float = 0.0,
+    given: Container[str] = (),
+    seed: int,
+) -> dict[str, NDArray[np.int64]]:
+    """Positions of "test", "val" and "train", the rest: fractions of every label, by the seed, test being cut first.
+
+    What is among `given` has files of its own and is not cut; nor is test where its fraction is 0.
+    Shapes: labels (N,), as for `held_out`. Raises UsageError where a fraction is not between 0 and 1, or nothing would
+    be left.
+    """
+    fractions = {} if "test" in given or test_fraction == 0 else {"test": test_fraction}
+    fractions |= {} if "val" in given else {"val": val_fraction}
+    if sum(fractions.values()) >= 1:
+        shares = ", ".join(f"data.{name}_fraction={value}" for name, value in fractions.items())
+        raise UsageError(f"{shares} leave nothing to train on: give fractions that add up to less than 1")
+    parts: dict[str, NDArray[np.int64]] = {}
+    rest, left = np.arange(len(labels)), 1.0
+    for name, fraction in fractions.items():
+        kept, held = held_out(labels[rest], fraction=fraction / left, seed=seed)
+        parts[name] = rest[held]
+        rest, left = rest[kept], left - fraction
+    return parts | {"train": rest}
 
 
 def held_out(

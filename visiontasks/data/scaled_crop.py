@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import albumentations as A
@@ -11,12 +12,12 @@ import numpy as np
 from albumentations.core.type_definitions import Targets
 from numpy.typing import NDArray
 
+from visiontasks.contracts import IGNORE
 from visiontasks.data.colour import ColourMatrix
 
 Shape = tuple[int, int]  # height, width
+Size = int | Sequence[int]  # one side of a square, or (height, width)
 Pixels = NDArray[np.uint8]
-
-IGNORE = 255  # what a semantic mask says where the augmented image shows nothing of the original
 
 
 class Span(NamedTuple):
@@ -171,6 +172,11 @@ class ShortSide(A.DualTransform):  # type: ignore[misc]
         height, width = pixels.shape[:2]
         scale = self.side / min(height, width)
         return round(height * scale), round(width * scale)
+
+
+def sides(size: Size) -> Shape:
+    """Height and width."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def resized(image: Pixels, shape: Shape) -> Pixels:

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from visiontasks.contracts import UsageError
-from visiontasks.data.mask_data import MaskData, cut
+from visiontasks.data.mask_data import MaskData
 from visiontasks.data.masks import IndexMasks, MaskReader, Pair
+from visiontasks.data.sampling import cut
 from visiontasks.data.torchvision_sets import published
 
 VOC_CLASSES = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -124,7 +127,9 @@ class OxfordPet(MaskData):
         published(lambda download: OxfordIIITPet(str(self.root), download=download), root=self.root, name="OxfordPet")
         if split == "test":
             return self._listed("test")
-        return cut(self._listed("trainval"), {"val": self.val_fraction}, seed=self.seed)[split]
+        whole = self._listed("trainval")
+        positions = cut(np.zeros(len(whole), np.int64), val_fraction=self.val_fraction, seed=self.seed)
+        return [whole[index] for index in positions[split]]
 
     def reader(self) -> MaskReader:
         """2 is background, 1 a pet, 3 the band between them."""

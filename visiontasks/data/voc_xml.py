@@ -9,8 +9,9 @@ from xml.etree import ElementTree
 
 from visiontasks.contracts import UsageError
 from visiontasks.data.annotations import Corners, Table, Thing, upright_size
+from visiontasks.data.image_folder import split_folders
 from visiontasks.data.images import BadFile
-from visiontasks.data.object_files import Annotations, ObjectData, class_index, images_below, split_folders
+from visiontasks.data.object_files import Annotations, ObjectData, images_below
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 Found = tuple[str, str]  # kind, reason
@@ -40,7 +41,8 @@ class VocXml(ObjectData):
         pages = {path: _parsed(path) for paths in files.values() for path in paths}
         things = [thing for page in pages.values() if not isinstance(page, str) for thing in page.iter("object")]
         classes = tuple(sorted({_text(thing, "name") for thing in things} - {""}))
-        tables = {split: self._table(paths, pages, class_index(classes)) for split, paths in files.items()}
+        known = {name: position for position, name in enumerate(classes)}
+        tables = {split: self._table(paths, pages, known) for split, paths in files.items()}
         return Annotations(classes, tuple(range(1, len(classes) + 1)), tables)
 
     def _table(

@@ -12,9 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visiontasks.errors import UsageError
-
-IGNORE = 255
+from visiontasks.contracts import IGNORE, UsageError
 
 Loss = Callable[..., tuple[Tensor, Tensor]]  # f(logits, target), with weight= where it knows class weights
 

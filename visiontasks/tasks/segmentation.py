@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from visiontasks.contracts import Backbone, Batch, Head, UsageError
+from visiontasks.contracts import IGNORE, Backbone, Batch, Head, UsageError
 from visiontasks.heads import FCN, UNet
 from visiontasks.layers.distributed import mean_over_processes
 from visiontasks.losses import Term
@@ -19,7 +19,6 @@ from visiontasks.tasks.base import Prediction, Task
 from visiontasks.tasks.inference import augmented, padded, resized, windowed
 from visiontasks.tasks.segmentation_metrics import SegmentationMetrics, image_iou, predicted_classes
 
-IGNORE = 255
 Scored = tuple[Tensor, Tensor | None]  # logits of the head and of the auxiliary head
 
 

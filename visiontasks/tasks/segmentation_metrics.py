@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from visiontasks.contracts import UsageError
+from visiontasks.contracts import IGNORE, UsageError
 
-IGNORE = 255
 VALUES = 256  # that a pixel of a mask can have
 Figures = dict[str, Tensor]
 
