@@ -254,6 +254,12 @@ def test_every_weight_has_a_finite_gradient(name: str, objects: tuple[int, int],
 
 
 @pytest.mark.parametrize("name", HEADS)
+def test_a_head_says_its_losses_in_order(name: str) -> None:
+    head = make(name).eval()
+    assert tuple(head.loss(head(features(1)), [target(2)])) == HEADS[name].losses
+
+
+@pytest.mark.parametrize("name", HEADS)
 def test_sums_and_counts_add_up_over_images(name: str) -> None:
     head = lively(make(name)).eval()
     inputs, targets, keys = features(3), [target(3), target(0), target(5)], torch.tensor([7, 8, 9])

@@ -91,6 +91,12 @@ class FasterRCNN(nn.Module):
     """
 
     serves: ClassVar[str] = "detection"
+    losses: ClassVar[tuple[str, ...]] = (
+        "objectness",
+        "proposals",
+        "classification",
+        "boxes",
+    )  # in the order of `loss`
     object_share: ClassVar[tuple[float, float]] = (0.5, 0.25)  # of the anchors and of the regions learnt
 
     def __init__(

@@ -45,6 +45,7 @@ class FCOS(nn.Module):
     """
 
     serves: ClassVar[str] = "detection"
+    losses: ClassVar[tuple[str, ...]] = ("classification", "boxes", "centreness")  # in the order of `loss`
 
     def __init__(
         self,

@@ -33,6 +33,7 @@ class MaskRCNN(FasterRCNN):
     """
 
     predicts_masks: ClassVar[bool] = True
+    losses: ClassVar[tuple[str, ...]] = (*FasterRCNN.losses, "masks")
 
     def __init__(
         self,

@@ -39,6 +39,7 @@ class RetinaNet(nn.Module):
     """
 
     serves: ClassVar[str] = "detection"
+    losses: ClassVar[tuple[str, ...]] = ("classification", "boxes")  # in the order of `loss`
 
     def __init__(
         self,

@@ -42,6 +42,7 @@ class SSD(nn.Module):
     """
 
     serves: ClassVar[str] = "detection"
+    losses: ClassVar[tuple[str, ...]] = ("classification", "boxes")  # in the order of `loss`
 
     def __init__(
         self,
