@@ -12,7 +12,7 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
 
 from visiontasks.contracts import Level
-from visiontasks.heads.detection.geometry import Anchors, cells, labelled, matched
+from visiontasks.heads.detection.geometry import Anchors, cells, labelled, matched, truth_boxes
 from visiontasks.heads.detection.pooling import pool_regions
 from visiontasks.heads.detection.pyramid import STRIDES, Pyramid
 from visiontasks.heads.detection.raw import Detection, Regions, Target, Terms, TwoStage
@@ -91,12 +91,7 @@ class FasterRCNN(nn.Module):
     """
 
     serves: ClassVar[str] = "detection"
-    losses: ClassVar[tuple[str, ...]] = (
-        "objectness",
-        "proposals",
-        "classification",
-        "boxes",
-    )  # in the order of `loss`
+    losses: ClassVar[tuple[str, ...]] = ("objectness", "proposals", "classification", "boxes")
     object_share: ClassVar[tuple[float, float]] = (0.5, 0.25)  # of the anchors and of the regions learnt
 
     def __init__(
@@ -171,7 +166,7 @@ class FasterRCNN(nn.Module):
         ]
         objects = [match[own] for match, own in zip(matches, drawn, strict=True)]
         image, place, found = _numbers(drawn), torch.cat(drawn), torch.cat(objects) >= 0  # (N,) each
-        wanted = self.anchor_coder.encode_single(_truth(targets, objects), regions.anchors[place[found]])
+        wanted = self.anchor_coder.encode_single(truth_boxes(targets, objects), regions.anchors[place[found]])
         codes = regions.codes[image, place][found].float()
         objectness = regions.objectness[image, place].float()
         count = regions.anchors.new_tensor(len(place))
@@ -198,7 +193,7 @@ class FasterRCNN(nn.Module):
         scores, codes = self._looked_at(regions, drawn.boxes)
         found = drawn.labels >= 0  # (N,)
         own = codes[found, drawn.labels[found] + 1]  # (F, 4)
-        wanted = self.region_coder.encode_single(_truth(targets, drawn.objects), torch.cat(drawn.boxes)[found])
+        wanted = self.region_coder.encode_single(truth_boxes(targets, drawn.objects), torch.cat(drawn.boxes)[found])
         count = scores.new_tensor(len(scores))
         return {
             "classification": (F.cross_entropy(scores, drawn.labels + 1, reduction="sum"), count),
@@ -249,8 +244,3 @@ def _by_anchor(level: Tensor, columns: int) -> Tensor:
 def _numbers(drawn: list[Tensor]) -> Tensor:
     """The number of the image that each of the drawn belongs to, (N,)."""
     return torch.cat([torch.full_like(own, index) for index, own in enumerate(drawn)])
-
-
-def _truth(targets: list[Target], objects: list[Tensor]) -> Tensor:
-    """The boxes of the objects that are drawn, (F, 4), leaving out background."""
-    return torch.cat([target["boxes"][own[own >= 0]] for target, own in zip(targets, objects, strict=True)]).float()

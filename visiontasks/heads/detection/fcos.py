@@ -45,7 +45,7 @@ class FCOS(nn.Module):
     """
 
     serves: ClassVar[str] = "detection"
-    losses: ClassVar[tuple[str, ...]] = ("classification", "boxes", "centreness")  # in the order of `loss`
+    losses: ClassVar[tuple[str, ...]] = ("classification", "boxes", "centreness")
 
     def __init__(
         self,

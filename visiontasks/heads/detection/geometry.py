@@ -1,6 +1,7 @@
 """Anchors, and the boxes that are learnt from them."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +74,28 @@ def matched(matcher: Matcher, anchors: Tensor, boxes: Tensor) -> Tensor:
     if len(boxes) == 0:
         return torch.full((len(anchors),), BACKGROUND, device=anchors.device)
     return matcher(box_iou(boxes.float(), anchors))  # type: ignore[no-any-return]
+
+
+def truth_boxes(targets: Sequence[Target], matches: Sequence[Tensor]) -> Tensor:
+    """Gives the boxes of the objects that a match (n,) an image names, (F, 4), leaving out background."""
+    return torch.cat([target["boxes"][own[own >= 0]] for target, own in zip(targets, matches, strict=True)]).float()
+
+
+class Assigned(NamedTuple):
+    """What the P anchors of B images learn, and the F of them that belong to objects, image by image."""
+
+    labels: Tensor  # (B, P) class, BACKGROUND or IGNORED
+    image: Tensor  # (F,)
+    place: Tensor  # (F,) which of the P
+    boxes: Tensor  # (F, 4) of their objects
+
+
+def assigned(matcher: Matcher, anchors: Tensor, targets: Sequence[Target]) -> Assigned:
+    """Gives every anchor of every image its object's class and, where it has one, box."""
+    matches = [matched(matcher, anchors, target["boxes"]) for target in targets]  # (P,) each
+    labels = torch.stack([labelled(match, target["labels"]) for match, target in zip(matches, targets, strict=True)])
+    image, place = (labels >= 0).nonzero(as_tuple=True)
+    return Assigned(labels, image, place, truth_boxes(targets, matches))
 
 
 def labelled(match: Tensor, labels: Tensor) -> Tensor:

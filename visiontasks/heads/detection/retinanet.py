@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxCoder, Matcher
@@ -11,7 +10,7 @@ from torchvision.models.detection.retinanet import RetinaNetClassificationHead, 
 
 from visiontasks.contracts import Level
 from visiontasks.heads.detection.focal import focal_sum
-from visiontasks.heads.detection.geometry import Anchors, cells, labelled, matched
+from visiontasks.heads.detection.geometry import Anchors, assigned, cells
 from visiontasks.heads.detection.pyramid import STRIDES, Pyramid
 from visiontasks.heads.detection.raw import Dense, Detection, Target, Terms
 from visiontasks.heads.detection.selecting import dense_detections
@@ -39,7 +38,7 @@ class RetinaNet(nn.Module):
     """
 
     serves: ClassVar[str] = "detection"
-    losses: ClassVar[tuple[str, ...]] = ("classification", "boxes")  # in the order of `loss`
+    losses: ClassVar[tuple[str, ...]] = ("classification", "boxes")
 
     def __init__(
         self,
@@ -76,16 +75,11 @@ class RetinaNet(nn.Module):
 
     def loss(self, raw: Dense, targets: list[Target], *, keys: Tensor | None = None) -> Terms:  # noqa: ARG002
         """Focal loss and L1 loss of the boxes' codes, each with the number of anchors on objects as its count."""
-        matches = [matched(self.matcher, raw.anchors, target["boxes"]) for target in targets]  # (P,) each
-        classes = torch.stack(
-            [labelled(match, target["labels"]) for match, target in zip(matches, targets, strict=True)]
-        )
-        truth = torch.cat([target["boxes"][match[match >= 0]] for match, target in zip(matches, targets, strict=True)])
-        image, place = (classes >= 0).nonzero(as_tuple=True)  # (F,) each
-        wanted = self.coder.encode_single(truth.float(), raw.anchors[place])
+        labels, image, place, truth = assigned(self.matcher, raw.anchors, targets)
+        wanted = self.coder.encode_single(truth, raw.anchors[place])
         count = raw.anchors.new_tensor(len(image))
         return {
-            "classification": (focal_sum(raw.logits, classes), count),
+            "classification": (focal_sum(raw.logits, labels), count),
             "boxes": (F.l1_loss(raw.codes[image, place].float(), wanted, reduction="sum"), count),
         }
 

@@ -10,7 +10,7 @@ from torchvision.models.detection._utils import BoxCoder, SSDMatcher
 from torchvision.models.detection.ssd import SSDHead
 
 from visiontasks.contracts import Level
-from visiontasks.heads.detection.geometry import Anchors, labelled, matched
+from visiontasks.heads.detection.geometry import Anchors, assigned
 from visiontasks.heads.detection.pyramid import STRIDES, HalvingConv, usable
 from visiontasks.heads.detection.raw import Dense, Detection, Target, Terms
 from visiontasks.heads.detection.selecting import dense_detections
@@ -42,7 +42,7 @@ class SSD(nn.Module):
     """
 
     serves: ClassVar[str] = "detection"
-    losses: ClassVar[tuple[str, ...]] = ("classification", "boxes")  # in the order of `loss`
+    losses: ClassVar[tuple[str, ...]] = ("classification", "boxes")
 
     def __init__(
         self,
@@ -91,13 +91,8 @@ class SSD(nn.Module):
 
     def loss(self, raw: Dense, targets: list[Target], *, keys: Tensor | None = None) -> Terms:  # noqa: ARG002
         """Cross-entropy and smooth L1 loss, each with the number of anchors on objects as its count."""
-        matches = [matched(self.matcher, raw.anchors, target["boxes"]) for target in targets]  # (P,) each
-        labels = torch.stack(
-            [labelled(match, target["labels"]) for match, target in zip(matches, targets, strict=True)]
-        )
-        truth = torch.cat([target["boxes"][match[match >= 0]] for match, target in zip(matches, targets, strict=True)])
-        image, place = (labels >= 0).nonzero(as_tuple=True)  # (F,) each
-        wanted = self.coder.encode_single(truth.float(), raw.anchors[place])
+        labels, image, place, truth = assigned(self.matcher, raw.anchors, targets)
+        wanted = self.coder.encode_single(truth, raw.anchors[place])
         errors = F.cross_entropy(raw.logits.float().flatten(0, 1), labels.flatten() + 1, reduction="none")
         errors = errors.view_as(labels)  # (B, P)
         count = raw.anchors.new_tensor(len(image))
