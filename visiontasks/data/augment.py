@@ -43,9 +43,9 @@ def crop_and_colour(
     """
     steps = [
         RandomWindow(size=sides(size), scale=tuple(scale), ratio=tuple(ratio)),
-        *_mirrored(mirror),
+        *mirrored(mirror),
         *_turned(rotation=rotation, shear=shear, boxes=boxes),
-        *_coloured(colour, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue),
+        *coloured(colour, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue),
     ]
     return compose(steps, boxes=boxes)
 
@@ -83,13 +83,13 @@ def scale_and_crop(
     if not 0 < scale[0] <= scale[1]:
         raise UsageError(f"scale={list(scale)} is no range of factors: type augment.train.scale=[0.5,2.0]")
     strengths = {"brightness": brightness, "contrast": contrast, "saturation": saturation, "hue": hue}
-    coloured = _coloured(colour, **strengths)
-    jitter = coloured.pop() if colour == "matrix" and coloured else None
+    colours = coloured(colour, **strengths)
+    jitter = colours.pop() if colour == "matrix" and colours else None
     factors = (scale[0], scale[1])
     steps = [
         ScaledCrop(sides(size), factors, short_side=short_side, mirror=mirror, jitter=jitter, fill=_GREY),
         *_turned(rotation=rotation, shear=0.0, boxes=boxes, fill=_GREY),
-        *coloured,
+        *colours,
     ]
     return compose(steps, boxes=boxes)
 
@@ -112,7 +112,7 @@ def pad_and_crop(*, size: Size, mirror: bool, boxes: bool = False, pad: int = 4,
         CentreWindow(size=(height, width)),
         A.Pad(padding=pad, fill=fill, fill_mask=_mask_fill(boxes)),
         A.RandomCrop(height=height, width=width),
-        *_mirrored(mirror),
+        *mirrored(mirror),
     ]
     return compose(steps, boxes=boxes)
 
@@ -168,7 +168,7 @@ def rand_augment(
         raise UsageError(f"strength={strength} is not between 0 and 1: type augment.train.strength=0.5")
     crop = RandomWindow(size=sides(size), scale=tuple(scale))
     adjustments = _tones(strength) + _colours(0.9 * strength) + _moves(strength, fill_mask=_mask_fill(boxes))
-    return compose([crop, *_mirrored(mirror), A.RandomOrder(adjustments, n=operations, replace=True)], boxes=boxes)
+    return compose([crop, *mirrored(mirror), A.RandomOrder(adjustments, n=operations, replace=True)], boxes=boxes)
 
 
 def _tones(strength: float) -> list[A.BasicTransform]:
@@ -270,7 +270,8 @@ class CentreWindow(RandomWindow):
         return {"crop_coords": (left, top, left + width, top + height)}
 
 
-def _mirrored(mirror: bool) -> list[A.HorizontalFlip]:
+def mirrored(mirror: bool) -> list[A.HorizontalFlip]:
+    """Mirroring half the time, or nothing."""
     return [A.HorizontalFlip(p=0.5)] if mirror else []
 
 
@@ -281,11 +282,15 @@ def _turned(*, rotation: float, shear: float, boxes: bool, fill: int | tuple[int
     return [A.Affine(**angles, fill=fill, fill_mask=_mask_fill(boxes), p=1.0)]
 
 
-def _coloured(colour: Colour, **strengths: float) -> list[A.ImageOnlyTransform]:
+def coloured(colour: Colour, *, p: float = 1.0, **strengths: float) -> list[A.ImageOnlyTransform]:
+    """The colour jitter of that name with probability `p`; none where all strengths are 0.
+
+    Raises UsageError where `colour` is another word.
+    """
     jitters = {"matrix": ColourMatrix, "sequential": A.ColorJitter}
     if colour not in jitters:
         raise UsageError(f"colour={colour} is neither matrix nor sequential: type augment.train.colour=matrix")
-    return [jitters[colour](**strengths, p=1.0)] if any(strengths.values()) else []
+    return [jitters[colour](**strengths, p=p)] if any(strengths.values()) else []
 
 
 def _mask_fill(boxes: bool) -> int:
