@@ -25,7 +25,7 @@ def test_figures_of_one_class_an_image_are_scikit_learns() -> None:
     probabilities, target = answers()
     metrics = ClassMetrics(len(CLASSES))
     for part in torch.arange(101).split(7):  # the last batch has 3 images
-        metrics.update(probabilities[part], target[part], torch.tensor(2.0), torch.tensor(1.0))
+        metrics.update(probabilities[part], target[part], torch.tensor([[2.0, 1.0]]))
     values, tables = metrics.compute()
     predicted = probabilities.argmax(dim=1)
     assert values["accuracy"] == pytest.approx(oracle.accuracy_score(target, predicted))
@@ -41,7 +41,7 @@ def test_figures_of_one_class_an_image_are_scikit_learns() -> None:
 def test_calibration_error_is_that_of_guo_et_al() -> None:
     probabilities, target = answers()
     metrics = ClassMetrics(len(CLASSES))
-    metrics.update(probabilities, target, torch.tensor(0.0), torch.tensor(1.0))
+    metrics.update(probabilities, target, torch.tensor([[0.0, 1.0]]))
     confidence, chosen = probabilities.max(dim=1)
     right, bins = (chosen == target).double().numpy(), np.ceil(confidence.numpy() * 15)
     inside = [bins == number for number in range(1, 16)]
@@ -57,7 +57,7 @@ def test_figures_of_many_labels_are_scikit_learns() -> None:
     probabilities = (0.6 * target + 0.5 * torch.rand(50, 4, generator=generator)).clamp(0, 1)
     metrics = MultiLabelMetrics(4)
     for part in torch.arange(50).split(8):
-        metrics.update(probabilities[part], target[part], torch.tensor(1.0), torch.tensor(1.0))
+        metrics.update(probabilities[part], target[part], torch.tensor([[1.0, 1.0]]))
     values, _ = metrics.compute()
     predicted = probabilities >= 0.5
     assert values["exact_match"] == pytest.approx(oracle.accuracy_score(target, predicted))

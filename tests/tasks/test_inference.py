@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from visiontasks.tasks.inference import augmented, padded, resized, starts, windowed
+from visiontasks.layers.blocks import resized
+from visiontasks.tasks.inference import augmented, padded, starts, windowed
 
 
 @pytest.mark.parametrize(

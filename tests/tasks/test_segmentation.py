@@ -88,7 +88,7 @@ def test_images_of_several_sizes_are_answered_one_by_one() -> None:
     sizes = ((32, 32), (20, 40), (33, 17))
     images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in sizes]
     masks = [torch.zeros(size, dtype=torch.uint8) for size in sizes]
-    together = task._evaluation_step({"image": images, "mask": masks})
+    together = task.evaluation_step({"image": images, "mask": masks})
     alone = [task.predict_step({"image": image[None]}, 0)[0] for image in images]
     assert [tuple(mask.shape) for mask in together] == list(sizes)
     assert all(torch.equal(left, right) for left, right in zip(together, alone, strict=True))
@@ -143,6 +143,7 @@ def test_ignored_pixels_are_no_errors_in_the_picture() -> None:
     [
         ({"class_weights": [1.0]}, "1 numbers and the masks 4 classes"),
         ({"window": 0}, "task.window=0"),
+        ({"window": [64]}, r"task.window=\[64\]"),
         ({"overlap": 1.0}, "task.overlap=1.0"),
         ({"scales": []}, r"task.scales=\[\]"),
     ],

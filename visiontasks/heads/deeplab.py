@@ -9,7 +9,7 @@ from torchvision.models.segmentation.deeplabv3 import ASPP, DeepLabHead
 
 from visiontasks.contracts import Level
 from visiontasks.errors import UsageError
-from visiontasks.layers.blocks import conv_norm_relu, initialise_for_relu, nearest_skip, resize_like
+from visiontasks.layers.blocks import conv_norm_relu, initialise_for_relu, nearest_skip, resized
 
 
 class DeepLabV3(nn.Module):
@@ -79,7 +79,7 @@ class DeepLabV3Plus(nn.Module):
     def forward(self, features: list[Tensor]) -> Tensor:
         _check_batch(self.pyramid, features[-1])
         skip = self.reduce(features[self.skip])  # (B, skip_width, h, w)
-        pooled = resize_like(self.pyramid(features[-1]), skip)  # (B, width, h, w)
+        pooled = resized(self.pyramid(features[-1]), skip.shape[-2:])  # (B, width, h, w)
         return self.classifier(self.refine(torch.cat([pooled, skip], dim=1)))  # type: ignore[no-any-return]  # (B, K, h, w)
 
 

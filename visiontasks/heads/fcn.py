@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torchvision.models.segmentation.fcn import FCNHead
 
 from visiontasks.contracts import Level
-from visiontasks.layers.blocks import initialise_for_relu, resize_like
+from visiontasks.layers.blocks import initialise_for_relu, resized
 
 
 class FCN(nn.Module):
@@ -56,7 +56,7 @@ class SkipFCN(nn.Module):
         logits: Tensor = self.scores[-1](features[-1])
         for index in range(len(self.scores) - 2, -1, -1):
             skip = self.scores[index](features[index - len(self.scores)])  # (B, K, h, w)
-            logits = skip + resize_like(self.enlargements[index + 1](logits), skip)
+            logits = skip + resized(self.enlargements[index + 1](logits), skip.shape[-2:])
         return self.enlargements[0](logits)  # type: ignore[no-any-return]  # (B, K, H, W)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 
 from visiontasks.contracts import Level
-from visiontasks.layers.blocks import initialise_for_relu, resize_like
+from visiontasks.layers.blocks import initialise_for_relu, resized
 
 
 class FPN(nn.Module):
@@ -46,7 +46,7 @@ class FPN(nn.Module):
         x = levels[index]
         steps = self.branches[index].children()
         for step, target in zip(steps, self.targets[index], strict=True):
-            x = resize_like(step(x), levels[target])
+            x = resized(step(x), levels[target].shape[-2:])
         return x
 
 

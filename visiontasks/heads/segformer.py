@@ -5,7 +5,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from visiontasks.contracts import Level
-from visiontasks.layers.blocks import initialise_for_relu, resize_like
+from visiontasks.layers.blocks import initialise_for_relu, resized
 
 
 class SegFormerMLP(nn.Module):
@@ -34,7 +34,7 @@ class SegFormerMLP(nn.Module):
     def forward(self, features: list[Tensor]) -> Tensor:
         fused = self._fused(features, 0)  # (B, width, h, w)
         for index in range(1, len(features)):
-            fused = fused + resize_like(self._fused(features, index), features[0])
+            fused = fused + resized(self._fused(features, index), features[0].shape[-2:])
         return self.classifier(self.finish(fused))  # type: ignore[no-any-return]  # (B, K, h, w)
 
     def _fused(self, features: list[Tensor], index: int) -> Tensor:

@@ -1,5 +1,6 @@
 """Pieces that dense heads share."""
 
+from collections.abc import Sequence
 from math import log2
 
 import torch.nn.functional as F
@@ -29,11 +30,11 @@ def initialise_for_relu(module: nn.Module) -> None:
             nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
 
 
-def resize_like(x: Tensor, like: Tensor) -> Tensor:
-    """Resizes a map bilinearly to the height and width of another; a map that has them stays as it is."""
-    if x.shape[-2:] == like.shape[-2:]:
-        return x
-    return F.interpolate(x, size=like.shape[-2:], mode="bilinear", align_corners=False)
+def resized(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Maps (B, C, h, w) at another height and width, bilinear; those that have them already are passed on."""
+    if tuple(maps.shape[-2:]) == tuple(size):
+        return maps
+    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 def nearest_skip(levels: tuple[Level, ...], stride: int) -> int:

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from visiontasks.contracts import Backbone, Batch, UsageError
-from visiontasks.layers.distributed import sum_over_processes
+from visiontasks.layers.distributed import mean_over_processes, sum_over_processes
+from visiontasks.tasks.metrics import Metrics, weighted_sum
 from visiontasks.tasks.optimisation import MakeOptimizer, MakeSchedule, cosine, parameter_groups
 
 LUMINANCE = (0.299, 0.587, 0.114)  # of red, green and blue, ITU-R BT.601
@@ -25,11 +26,14 @@ Prediction = dict[str, Any]  # of one image, in plain numbers, strings and lists
 class Task(LightningModule):
     """One learning problem: a backbone and a head joined with a loss, metrics and an optimiser.
 
-    A subclass states what annotations it needs, and implements its steps, `predictions`, `truths`, `errors` and `draw`.
+    A subclass states what annotations it needs, has `metrics` and, of more than one loss, their `loss_weights`, and
+    implements `training_step`, `evaluation_step`, `predict_step`, `predictions`, `truths`, `errors` and `draw`.
     The backbone's weights lie under `backbone.` in every checkpoint.
     """
 
     needs: frozenset[str]
+    metrics: Metrics
+    loss_weights: dict[str, float]  # by the losses' names
     panels: ClassVar[int] = 1  # pictures side by side that `draw` makes of one image
     unit: ClassVar[str] = "images"  # what the confusion matrix counts
 
@@ -103,6 +107,41 @@ class Task(LightningModule):
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
+    def evaluation_step(self, batch: Batch) -> Any:
+        """Adds a batch to the metrics, and returns its raw predictions."""
+        raise NotImplementedError
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Any:  # noqa: ARG002
+        return self.evaluation_step(batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> Any:  # noqa: ARG002
+        return self.evaluation_step(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self._evaluated("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._evaluated("test")
+
+    def _evaluated(self, stage: str) -> None:
+        """Logs figures that are already over the whole data set and all processes, as `stage/name`."""
+        figures, self.tables = self.metrics.compute()
+        self.metrics.reset()
+        for name, value in figures.items():
+            value = value.to(self.device, torch.float32)
+            self.log(f"{stage}/{name}", value, prog_bar=f"{stage}/{name}" == self.monitor)
+
+    def mean_loss(self, terms: Tensor) -> Tensor:
+        """The weighted sum of losses, each averaged over all processes; terms (L, 2) are their sums and counts."""
+        return weighted_sum(mean_over_processes(terms[:, 0], terms[:, 1]), self.loss_weights)
+
+    def watch_losses(self, loss: Tensor, terms: Tensor) -> None:
+        """Watches the loss that is learnt and, where it has several terms (L, 2), each by itself."""
+        self.watch("loss", loss, torch.ones_like(loss))
+        for name, (total, count) in zip(self.loss_weights, terms, strict=True):
+            if len(terms) > 1:
+                self.watch(f"{name}_loss", total, count)
+
     def watch(self, name: str, total: Tensor, count: Tensor) -> None:
         """Adds to the running mean of a training figure, which is logged every trainer.log_every_n_steps batches."""
         pair = torch.stack((total.detach().float(), count.detach().float()))  # (2,)
@@ -133,11 +172,6 @@ class Task(LightningModule):
 
     def _optimizers(self) -> list[Optimizer]:
         return self.trainer.optimizers
-
-    def log_evaluation(self, stage: str, values: dict[str, Tensor]) -> None:
-        """Logs figures that are already over the whole data set and all processes, as `stage/name`."""
-        for name, value in values.items():
-            self.log(f"{stage}/{name}", value.float(), prog_bar=f"{stage}/{name}" == self.monitor)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["classes"] = list(self.classes)

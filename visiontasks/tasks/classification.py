@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from matplotlib.axes import Axes
 from torch import Tensor, nn
-from torchmetrics import Metric, MetricCollection, SumMetric
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import (
     MulticlassAccuracy,
     MulticlassCalibrationError,
@@ -22,6 +22,7 @@ from visiontasks.heads import Linear
 from visiontasks.layers.distributed import mean_over_processes
 from visiontasks.losses import binary_cross_entropy, cross_entropy
 from visiontasks.tasks.base import Prediction, Task
+from visiontasks.tasks.metrics import Figures, Metrics, Sums, stacked
 
 TOP = 5
 
@@ -36,6 +37,7 @@ class Classification(Task):
     """
 
     needs = frozenset({"label"})
+    metrics: "_LabelMetrics"
 
     def __init__(
         self,
@@ -83,32 +85,16 @@ class Classification(Task):
         self.watch("loss", total, count)
         return mean_over_processes(total, count)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002
-        return self._evaluation_step(batch)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002
-        return self._evaluation_step(batch)
-
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002
         logits: Tensor = self(self.images(batch))
         return logits
 
-    def _evaluation_step(self, batch: Batch) -> Tensor:
+    def evaluation_step(self, batch: Batch) -> Tensor:
+        """The logits of each image, (B, K)."""
         logits: Tensor = self(self.images(batch)).float()
-        total, count = self.loss(logits, batch["label"])
-        self.metrics.update(self.probabilities(logits), batch["label"], total, count)
+        terms = stacked([self.loss(logits, batch["label"])])
+        self.metrics.update(self.probabilities(logits), batch["label"], terms)
         return logits
-
-    def on_validation_epoch_end(self) -> None:
-        self._evaluated("val")
-
-    def on_test_epoch_end(self) -> None:
-        self._evaluated("test")
-
-    def _evaluated(self, stage: str) -> None:
-        values, self.tables = self.metrics.compute()
-        self.metrics.reset()
-        self.log_evaluation(stage, values)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Logits as probabilities of one class, or of each label."""
@@ -155,32 +141,23 @@ class Classification(Task):
             spine.set(edgecolor="crimson", linewidth=3, visible=True)
 
 
-class _Metrics(nn.Module):
-    """Metric objects that see each image once and are summed over processes when computed."""
-
+class _LabelMetrics(Metrics):
     def __init__(self, metrics: dict[str, Metric | MetricCollection]) -> None:
         super().__init__()
+        self.sums = Sums({"loss": 1.0})
         self.metrics = MetricCollection(metrics, compute_groups=False)
-        self.loss = SumMetric()
-        self.count = SumMetric()
 
-    def update(self, probabilities: Tensor, target: Tensor, loss: Tensor, count: Tensor) -> None:
-        """Adds a batch: probabilities (B, K), target (B,) or (B, K), the loss's sum and count."""
+    def update(self, probabilities: Tensor, target: Tensor, terms: Tensor) -> None:
+        """Adds a batch: probabilities (B, K), target (B,) or (B, K), the loss's sum and count (1, 2)."""
+        self.sums.update(terms)
         self.metrics.update(probabilities, target.long())
-        self.loss.update(loss.detach())
-        self.count.update(count.detach())
 
-    def values(self) -> dict[str, Tensor]:
-        """Each figure over all images of all processes."""
-        return {"loss": self.loss.compute() / self.count.compute().clamp(min=1e-12), **self.metrics.compute()}
-
-    def reset(self) -> None:
-        """Forgets all images."""
-        for metric in (self.metrics, self.loss, self.count):
-            metric.reset()
+    def compute(self) -> tuple[Figures, Figures]:
+        """Figures by name, and no tables."""
+        return self.sums.compute() | self.metrics.compute(), {}
 
 
-class ClassMetrics(_Metrics):
+class ClassMetrics(_LabelMetrics):
     """Accuracy, top-5, macro F1, mean per-class accuracy and expected calibration error of one class an image."""
 
     def __init__(self, classes: int) -> None:
@@ -192,12 +169,12 @@ class ClassMetrics(_Metrics):
             metrics["top5"] = MulticlassAccuracy(classes, top_k=TOP, average="micro")
         super().__init__(metrics)
 
-    def compute(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def compute(self) -> tuple[Figures, Figures]:
         """Figures by name, and the tables: confusion (K, K), rows are the truth; per_class_accuracy (K,).
 
         Classes without an image count neither in the mean per-class accuracy nor, unless predicted, in macro F1.
         """
-        values = self.values()
+        values, _ = super().compute()
         confusion = values.pop("confusion")
         right, true, chosen = confusion.diag(), confusion.sum(dim=1), confusion.sum(dim=0)
         per_class = right / true  # NaN where a class has no image
@@ -210,7 +187,7 @@ class ClassMetrics(_Metrics):
         return values, {"confusion": confusion, "per_class_accuracy": per_class}
 
 
-class MultiLabelMetrics(_Metrics):
+class MultiLabelMetrics(_LabelMetrics):
     """Label-wise accuracy, exact match, macro F1 and mean average precision of any number of labels an image."""
 
     def __init__(self, classes: int) -> None:
@@ -222,10 +199,6 @@ class MultiLabelMetrics(_Metrics):
                 "map": MultilabelAveragePrecision(classes, average="macro"),
             }
         )
-
-    def compute(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Figures by name, and no tables."""
-        return self.values(), {}
 
 
 def _mix(mixup: float, cutmix: float, classes: int) -> nn.Module | None:

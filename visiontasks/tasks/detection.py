@@ -14,11 +14,10 @@ from torchvision.ops import batched_nms
 
 from visiontasks.contracts import Backbone, Batch, Head, UsageError
 from visiontasks.heads import FCOS
-from visiontasks.layers.distributed import mean_over_processes
 from visiontasks.tasks.base import Prediction, Task
-from visiontasks.tasks.detection_metrics import AveragePrecision, Found, ObjectConfusion, Truth, matched
-from visiontasks.tasks.inference import padded, starts
-from visiontasks.tasks.segmentation_metrics import Sums
+from visiontasks.tasks.detection_metrics import DetectionMetrics, Found, Truth, crowds, mistakes, surer
+from visiontasks.tasks.inference import padded, window_sides, windows
+from visiontasks.tasks.metrics import stacked
 
 STEP = 1_000_003  # a prime larger than most data sets: apart are the draws of an image in two epochs
 
@@ -34,6 +33,7 @@ class Detection(Task):
     """
 
     needs = frozenset({"bboxes", "labels"})
+    metrics: DetectionMetrics
     unit: ClassVar[str] = "objects"
 
     def __init__(
@@ -57,23 +57,30 @@ class Detection(Task):
         self.head = head(levels=backbone.levels, num_classes=len(classes))
         self.needs = self.required(type(self.head))
         self.masks = "masks" in self.needs
-        self.weights = dict(weights or {})
+        self.loss_weights = self._weights(weights or {})
         self.score_threshold = score_threshold
         self.nms_threshold = nms_threshold
         self.max_detections = max_detections
         self.shown = shown
-        self.window = (window, window) if isinstance(window, int) else window
+        self.window = window_sides(window, overlap)
         self.overlap = overlap
         self.stride = max(level.stride for level in backbone.levels)
-        self.precision = AveragePrecision(len(classes), masks=self.masks)
-        self.confusion = ObjectConfusion(len(classes))
-        self.sums: Sums | None = None
-        self.loss_names: tuple[str, ...] = ()
+        self.metrics = DetectionMetrics(len(classes), losses=self.loss_weights, shown=shown, masks=self.masks)
         self.category_ids: tuple[int, ...] = tuple(range(1, len(classes) + 1))
 
     @classmethod
     def required(cls, head: type) -> frozenset[str]:
         return cls.needs | ({"masks"} if getattr(head, "predicts_masks", False) else set())
+
+    def _weights(self, given: Mapping[str, float]) -> dict[str, float]:
+        """The weight of each of the head's losses, 1 where none is given."""
+        losses: tuple[str, ...] = self.head.losses  # type: ignore[assignment]
+        unknown = sorted(set(given) - set(losses))
+        if unknown:
+            raise UsageError(
+                f"task.weights names {unknown} and the head's losses are {sorted(losses)}: weigh only these."
+            )
+        return {name: given.get(name, 1.0) for name in losses}
 
     def on_fit_start(self) -> None:
         data: Any = getattr(self.trainer, "datamodule")  # noqa: B009
@@ -91,30 +98,20 @@ class Detection(Task):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002
         terms = self._terms(self(self.images(batch)), batch)
-        loss = (mean_over_processes(terms[:, 0], terms[:, 1]) * self._scales(terms)).sum()
-        self.watch("loss", loss, torch.ones_like(loss))
-        for name, (total, count) in zip(self.loss_names, terms, strict=True):
-            self.watch(f"{name}_loss", total, count)
+        loss = self.mean_loss(terms)
+        self.watch_losses(loss, terms)
         return loss
 
     def _terms(self, raw: Any, batch: Batch) -> Tensor:
         """Sum and count of each of the head's losses, (L, 2)."""
         keys = batch["index"].cpu() + STEP * (self.current_epoch + 1)
         terms = self.head.loss(raw, self._targets(batch), keys=keys)  # type: ignore[operator]
-        self.loss_names = tuple(terms)
-        unknown = set(self.weights) - set(terms)
-        if unknown:
-            raise UsageError(f"task.weights names {sorted(unknown)} and the head's losses are {sorted(terms)}.")
-        return torch.stack([torch.stack((total, count.to(total.dtype))) for total, count in terms.values()])
-
-    def _scales(self, like: Tensor) -> Tensor:
-        return like.new_tensor([self.weights.get(name, 1.0) for name in self.loss_names])
+        return stacked(terms[name] for name in self.loss_weights)
 
     def _targets(self, batch: Batch) -> list[Truth]:
         """The objects to learn: crowds, which evaluation data have, are left out."""
-        names = {"bboxes": "boxes", "labels": "labels"} | ({"masks": "masks"} if self.masks else {})
-        columns = [[(names[key], value) for value in batch[key]] for key in names]
-        targets = [dict(entries) for entries in zip(*columns, strict=True)]
+        names = ("boxes", "labels", "masks") if self.masks else ("boxes", "labels")
+        targets = [{name: objects[name] for name in names} for objects in self._truth(batch)]
         if "crowd" not in batch:
             return targets
         return [
@@ -122,37 +119,24 @@ class Detection(Task):
             for target, crowd in zip(targets, batch["crowd"], strict=True)
         ]
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> Any:  # noqa: ARG002
-        return self._evaluation_step(batch)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> Any:  # noqa: ARG002
-        return self._evaluation_step(batch)
-
     def predict_step(self, batch: Batch, batch_idx: int) -> list[Found]:  # noqa: ARG002
         found = self._found(self.images(batch))
         about = [name for name in ("scale", "size") if name in batch]
         return [one | {name: batch[name][index] for name in about} for index, one in enumerate(found)]
 
-    def _evaluation_step(self, batch: Batch) -> list[Found]:
+    def evaluation_step(self, batch: Batch) -> list[Found]:
         """The objects found in each image, in the pixels of the batch."""
         images = self.images(batch)
         raw = self(images)
-        terms = self._terms(raw, batch)
-        self.sums = self.sums or Sums(len(terms)).to(terms.device)
-        self.sums.update(terms)
         found = self._decoded(raw) if self.window is None else self._found(images)
-        truth = self._truth(batch)
-        self.confusion.update([self._sure(one) for one in found], truth)
         scales = batch["scale"].tolist() if "scale" in batch else [1.0] * len(found)
-        self.precision.update(
-            [_scaled(one, 1 / scale) for one, scale in zip(found, scales, strict=True)],
-            [_scaled(one, 1 / scale) for one, scale in zip(truth, scales, strict=True)],
-            batch["index"].tolist(),
+        self.metrics.update(
+            found, self._truth(batch), self._terms(raw, batch), scales=scales, indices=batch["index"].tolist()
         )
         return found
 
     def _truth(self, batch: Batch) -> list[Truth]:
-        """The objects to measure against, crowds among them, in the pixels of the batch."""
+        """The objects of each image, crowds, which evaluation data have, among them, in the pixels of the batch."""
         renamed = {"bboxes": "boxes", "labels": "labels", "crowd": "iscrowd", "area": "area"}
         renamed |= {"masks": "masks"} if self.masks else {}
         present = [key for key in renamed if key in batch]
@@ -165,17 +149,10 @@ class Detection(Task):
         """The objects in normalised images, looked at whole or in windows."""
         if self.window is None:
             return self._decoded(self(images))
-        height, width = (min(given, side) for given, side in zip(self.window, images.shape[-2:], strict=True))
-        rows, columns = (
-            starts(side, length, self.overlap) for side, length in zip(images.shape[-2:], (height, width), strict=True)
-        )
+        size = images.shape[-2:]
         parts = [
-            [
-                _moved(one, left, top, images.shape[-2:])
-                for one in self._decoded(self(images[..., top : top + height, left : left + width]))
-            ]
-            for top in rows
-            for left in columns
+            [_moved(one, columns.start, rows.start, size) for one in self._decoded(self(images[..., rows, columns]))]
+            for rows, columns in windows(size, self.window, self.overlap)
         ]
         return [self._joined(list(own)) for own in zip(*parts, strict=True)]
 
@@ -194,47 +171,23 @@ class Detection(Task):
         kept = batched_nms(whole["boxes"], whole["scores"], whole["labels"], self.nms_threshold)
         return {name: value[kept[: self.max_detections]] for name, value in whole.items()}
 
-    def _sure(self, found: Found) -> Found:
-        sure = found["scores"] >= self.shown
-        return {name: value if name in ("scale", "size") else value[sure] for name, value in found.items()}
-
-    def on_validation_epoch_end(self) -> None:
-        self._evaluated("val")
-
-    def on_test_epoch_end(self) -> None:
-        self._evaluated("test")
-
-    def _evaluated(self, stage: str) -> None:
-        figures, self.tables = self.precision.compute()
-        counted, self.tables["confusion"] = self.confusion.compute()
-        figures |= counted | self._losses()
-        self.precision.reset()
-        self.confusion.reset()
-        self.log_evaluation(stage, {name: value.to(self.device) for name, value in figures.items()})
-
-    def _losses(self) -> dict[str, Tensor]:
-        if self.sums is None:
-            return {}
-        means = self.sums.compute().view(-1)
-        self.sums.reset()
-        losses = {f"{name}_loss": mean for name, mean in zip(self.loss_names, means, strict=True)}
-        return {"loss": (means * self._scales(means)).sum(), **losses}
-
     @property
     def confusion_classes(self) -> tuple[str, ...]:
         return (*self.classes, "background")
 
     def predictions(self, raw: list[Found]) -> list[Prediction]:
-        return [self._plain(self._sure(found)) for found in raw]
+        return [self._plain(surer(found, self.shown)) for found in raw]
 
     def truths(self, batch: Batch) -> list[Prediction]:
-        return [self._plain(truth) for truth in self._targets(batch)]
+        return [self._plain(truth) for truth in self._truth(batch)]
 
     def _plain(self, objects: Found | Truth) -> Prediction:
         plain: Prediction = {
             "boxes": [[round(side, 2) for side in box] for box in objects["boxes"].tolist()],
             "classes": [self.classes[label] for label in objects["labels"].tolist()],
         }
+        if "iscrowd" in objects:
+            plain["crowd"] = objects["iscrowd"].tolist()
         if "scores" in objects:
             plain["scores"] = [round(score, 4) for score in objects["scores"].tolist()]
         if "masks" in objects:
@@ -246,7 +199,7 @@ class Detection(Task):
     def errors(self, raw: list[Found], batch: Batch) -> Tensor:
         """Objects of each image that were missed, and detections that are none or of another class, (B,)."""
         pairs = zip(raw, self._truth(batch), strict=True)
-        return torch.tensor([float(sum(_mistakes(self._sure(found), truth))) for found, truth in pairs])
+        return torch.tensor([float(sum(mistakes(surer(found, self.shown), truth))) for found, truth in pairs])
 
     def save(self, prediction: Prediction, folder: Path, stem: str) -> Prediction:
         """Returns the line, boxes in the file's own pixels; masks go to masks/STEM.npz, (N, H, W) as bits."""
@@ -282,35 +235,20 @@ class Detection(Task):
 
     def draw(self, axes: Axes, image: Tensor, prediction: Prediction, truth: Prediction | None) -> None:
         axes.imshow(_under_masks(image, prediction))
-        for box in [] if truth is None else truth["boxes"]:
-            axes.add_patch(_frame(box, edgecolor="white", linewidth=2.5))
-            axes.add_patch(_frame(box, edgecolor="limegreen", linewidth=1.2, linestyle="--"))
+        if truth is not None:
+            _compare(axes, self._tensors(prediction), self._tensors(truth))
         for box, name, score in zip(prediction["boxes"], prediction["classes"], prediction["scores"], strict=True):
             axes.add_patch(_frame(box, edgecolor="crimson", linewidth=1.2))
             label = {"facecolor": "crimson", "edgecolor": "none", "pad": 0.6}
             axes.text(box[0], box[1], f"{name} {score:.0%}", fontsize=5, color="white", va="bottom", bbox=label)
-        if truth is not None:
-            missed, wrong = _mistakes(self._tensors(prediction), self._tensors(truth))
-            axes.set_title(f"{missed} missed, {wrong} wrong", color="crimson" if missed + wrong else "black")
 
     def _tensors(self, plain: Prediction) -> Found:
         positions = {name: index for index, name in enumerate(self.classes)}
         boxes = torch.tensor(plain["boxes"], dtype=torch.float32).view(-1, 4)
         labels = torch.tensor([positions[name] for name in plain["classes"]], dtype=torch.int64)
-        return {"boxes": boxes, "labels": labels, "scores": torch.tensor(plain.get("scores", [1.0] * len(labels)))}
-
-
-def _mistakes(found: Found, truth: Truth) -> tuple[int, int]:
-    """How many objects were missed, and how many detections lie on no object or name another class."""
-    match = matched(found, truth)
-    crowd = truth.get("iscrowd", torch.zeros_like(truth["labels"])).bool()
-    labels = torch.cat([truth["labels"][~crowd], truth["labels"].new_tensor([-1])]).cpu()
-    wrong = (labels[match.object_of] != found["labels"].cpu()) & (match.object_of > -2)
-    return int((~match.found).sum()), int(wrong.sum())
-
-
-def _scaled(objects: Found, factor: float) -> Found:
-    return objects | {"boxes": objects["boxes"] * factor}
+        names = {"scores": "scores", "crowd": "iscrowd"}
+        others = {names[key]: torch.tensor(plain[key]) for key in names if key in plain}
+        return {"boxes": boxes, "labels": labels, **others}
 
 
 def _moved(found: Found, left: int, top: int, size: Sequence[int]) -> Found:
@@ -335,6 +273,15 @@ def _at_file_size(masks: Any, scale: float, size: Sequence[int] | None) -> Any:
     height, width = (min(side, max(1, round(full * scale))) for side, full in zip(masks.shape[-2:], size, strict=True))
     inside = torch.from_numpy(masks[:, None, :height, :width]).float()
     return interpolate(inside, size=tuple(size), mode="bilinear")[:, 0].numpy() >= 0.5
+
+
+def _compare(axes: Axes, found: Found, truth: Truth) -> None:
+    """Frames the true objects, crowds in grey, and says how many were missed and how many detections are wrong."""
+    for box, crowd in zip(truth["boxes"].tolist(), crowds(truth).tolist(), strict=True):
+        axes.add_patch(_frame(box, edgecolor="white", linewidth=2.5))
+        axes.add_patch(_frame(box, edgecolor="grey" if crowd else "limegreen", linewidth=1.2, linestyle="--"))
+    missed, wrong = mistakes(found, truth)
+    axes.set_title(f"{missed} missed, {wrong} wrong", color="crimson" if missed + wrong else "black")
 
 
 def _frame(box: Sequence[float], **look: Any) -> Rectangle:

@@ -1,21 +1,22 @@
 """Metrics of detected objects over the whole data set, the same on any number of processes."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.ops import box_iou
 
 from visiontasks.layers.distributed import world_size
+from visiontasks.tasks.metrics import Figures, Metrics, Sums
 
 Found = dict[str, Tensor]  # "boxes" (N, 4), "scores" (N,), "labels" (N,), maybe "masks" (N, H, W)
 Truth = dict[str, Tensor]  # "boxes" (N, 4), "labels" (N,), maybe "masks", "iscrowd" (N,) and "area" (N,)
-Figures = dict[str, Tensor]
 Kind = Literal["bbox", "segm"]
 
 MATCHED = 0.5  # IoU from which a detection is the object that it lies on
@@ -25,7 +26,18 @@ RECALLS: list[float] = np.linspace(0, 1, 101).tolist()
 _PARTS = ("box", "mask", "labels", "scores", "crowds", "area")  # of torchmetrics' state, after a prefix
 
 
-class AveragePrecision:
+def crowds(truth: Truth) -> Tensor:
+    """Which objects are crowds, (N,) bool."""
+    return truth.get("iscrowd", torch.zeros_like(truth["labels"])).bool()
+
+
+def surer(found: Found, least: float) -> Found:
+    """The detections with at least some score; what is known of the whole image stays."""
+    kept = found["scores"] >= least
+    return {name: value if name in ("scale", "size") else value[kept] for name, value in found.items()}
+
+
+class AveragePrecision(nn.Module):
     """COCO's twelve numbers for boxes, and where asked for masks, by faster-coco-eval.
 
     Each process adds its own images; `compute` brings all together in the order of their indices, so that ties are
@@ -33,6 +45,7 @@ class AveragePrecision:
     """
 
     def __init__(self, classes: int, *, masks: bool = False) -> None:
+        super().__init__()
         self.classes = classes
         self.indices: list[int] = []
         kinds: tuple[Kind, ...] = ("bbox", "segm") if masks else ("bbox",)
@@ -124,6 +137,7 @@ class Match(NamedTuple):
     """What became of the detections and the objects of one image."""
 
     object_of: Tensor  # (N,) the object that a detection is, -1 for none, -2 where it lies on a crowd
+    true: Tensor  # (N,) the class of that object, -1 without one
     found: Tensor  # (M,) whether an object, crowds left out, was detected
 
 
@@ -132,7 +146,7 @@ def matched(found: Found, truth: Truth) -> Match:
 
     Classes do not matter here. A detection of which at least half lies on a crowd is no false alarm.
     """
-    crowd = truth.get("iscrowd", torch.zeros_like(truth["labels"])).bool()
+    crowd = crowds(truth)
     objects, boxes = truth["boxes"][~crowd], found["boxes"]
     overlaps = box_iou(boxes, objects)  # (N, M)
     object_of = torch.full((len(boxes),), -1)
@@ -143,7 +157,15 @@ def matched(found: Found, truth: Truth) -> Match:
             object_of[row] = allowed.argmax()
             free[object_of[row]] = False
     on_crowd = _share_inside(boxes, truth["boxes"][crowd]).cpu() >= MATCHED
-    return Match(object_of.where((object_of >= 0) | ~on_crowd, -2), ~free)
+    classes = torch.cat([truth["labels"][~crowd].cpu(), torch.tensor([-1])])
+    return Match(object_of.where((object_of >= 0) | ~on_crowd, -2), classes[object_of], ~free)
+
+
+def mistakes(found: Found, truth: Truth) -> tuple[int, int]:
+    """How many objects were missed, and how many detections lie on no object or name another class."""
+    match = matched(found, truth)
+    wrong = (match.true != found["labels"].cpu()) & (match.object_of > -2)
+    return int((~match.found).sum()), int(wrong.sum())
 
 
 def _share_inside(boxes: Tensor, others: Tensor) -> Tensor:
@@ -172,12 +194,9 @@ class ObjectConfusion(Metric):
         """Adds images; detections that are too unsure have been left out."""
         for detections, objects in zip(_on_cpu(found), _on_cpu(truth), strict=True):
             match = matched(detections, objects)
-            crowd = objects.get("iscrowd", torch.zeros_like(objects["labels"])).bool()
-            labels = torch.cat([objects["labels"][~crowd], torch.tensor([self.classes])])
             counted = match.object_of > -2
-            true = labels[match.object_of[counted]]  # -1 is the last: background
-            missed = labels[:-1][~match.found]
-            rows = torch.cat([true, missed])
+            missed = objects["labels"][~crowds(objects)][~match.found]
+            rows = torch.cat([match.true.where(match.true >= 0, self.classes)[counted], missed])
             columns = torch.cat([detections["labels"][counted], torch.full_like(missed, self.classes)])
             pairs = torch.bincount(rows * (self.classes + 1) + columns, minlength=(self.classes + 1) ** 2)
             self.counts = self.counts + pairs.view(self.classes + 1, -1).to(self.counts.device)
@@ -189,6 +208,38 @@ class ObjectConfusion(Metric):
         recall = right / self.counts[:-1].sum().clamp(min=1)
         f1 = 2 * precision * recall / (precision + recall).clamp(min=1e-12)
         return {"precision": precision, "recall": recall, "f1": f1}, self.counts
+
+
+class DetectionMetrics(Metrics):
+    """The losses, COCO's numbers, and how the detections with a score of at least `shown` lie on the objects.
+
+    losses gives the weight of each loss in the sum that is called loss.
+    """
+
+    def __init__(self, classes: int, *, losses: Mapping[str, float], shown: float, masks: bool = False) -> None:
+        super().__init__()
+        self.shown = shown
+        self.sums = Sums(losses)
+        self.precision = AveragePrecision(classes, masks=masks)
+        self.confusion = ObjectConfusion(classes)
+
+    def update(
+        self, found: list[Found], truth: list[Truth], terms: Tensor, *, scales: list[float], indices: list[int]
+    ) -> None:
+        """Adds images: boxes / scale are in the file's pixels; the losses' sums and counts (L, 2)."""
+        self.sums.update(terms)
+        self.confusion.update([surer(one, self.shown) for one in found], truth)
+        self.precision.update(_unscaled(found, scales), _unscaled(truth, scales), indices)
+
+    def compute(self) -> tuple[Figures, Figures]:
+        """Figures by name, and the tables: those of `AveragePrecision`, and confusion (K + 1, K + 1)."""
+        figures, tables = self.precision.compute()
+        counted, confusion = self.confusion.compute()
+        return figures | counted | self.sums.compute(), tables | {"confusion": confusion}
+
+
+def _unscaled(images: list[Found], scales: list[float]) -> list[Found]:
+    return [one | {"boxes": one["boxes"] / scale} for one, scale in zip(images, scales, strict=True)]
 
 
 def _or_nan(value: Tensor) -> Tensor:

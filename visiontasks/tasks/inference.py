@@ -1,6 +1,6 @@
 """Class scores of images by windows, mirrored and rescaled copies, around any function of normalised images."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from itertools import product
 
@@ -8,14 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visiontasks.errors import UsageError
+from visiontasks.layers.blocks import resized
+
 Scores = Callable[[Tensor], Tensor]  # images (B, C, H, W) to class scores (B, K, H, W)
-
-
-def resized(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Maps (B, C, h, w) at another size, bilinear; those that have it already are passed on."""
-    if tuple(maps.shape[-2:]) == tuple(size):
-        return maps
-    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 def padded(images: Tensor, multiple: int) -> Tensor:
@@ -24,21 +20,41 @@ def padded(images: Tensor, multiple: int) -> Tensor:
     return F.pad(images, (0, right, 0, bottom), mode="replicate") if bottom or right else images
 
 
-def windowed(scores: Scores, images: Tensor, *, window: tuple[int, int], overlap: float) -> Tensor:
-    """Class probabilities (B, K, H, W): the mean over all windows, spread evenly, that a pixel lies in.
+def window_sides(window: int | Sequence[int] | None, overlap: float) -> tuple[int, int] | None:
+    """Height and width of windows that share `overlap` of their sides; None looks at images whole.
 
-    Neighbouring windows share at least `overlap` of their side; an image smaller than the window is one window.
+    Raises UsageError where there are no such windows.
     """
-    rows, columns = images.shape[-2:]
-    height, width = min(window[0], rows), min(window[1], columns)
-    corners = [(top, left) for top in starts(rows, height, overlap) for left in starts(columns, width, overlap)]
-    count = images.new_zeros(rows, columns, dtype=torch.float32)
+    if not 0 <= overlap < 1:
+        raise UsageError(f"task.overlap={overlap} is no share of a window: give 0 or more and less than 1.")
+    if window is None:
+        return None
+    sides = [window, window] if isinstance(window, int) else list(window)
+    if len(sides) != 2 or min(sides) < 1:
+        raise UsageError(f"task.window={window} is no size in pixels: give one side, or [height,width].")
+    return sides[0], sides[1]
+
+
+def windows(size: Sequence[int], window: tuple[int, int], overlap: float) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of the windows of an image, spread evenly, neighbours sharing at least `overlap` of a side.
+
+    An image smaller than the window is one window.
+    """
+    sides = [min(own, side) for own, side in zip(window, size, strict=True)]
+    tops, lefts = (starts(length, side, overlap) for length, side in zip(size, sides, strict=True))
+    for top, left in product(tops, lefts):
+        yield slice(top, top + sides[0]), slice(left, left + sides[1])
+
+
+def windowed(scores: Scores, images: Tensor, *, window: tuple[int, int], overlap: float) -> Tensor:
+    """Class probabilities (B, K, H, W): the mean over all windows that a pixel lies in."""
+    height, width = images.shape[-2:]
+    count = images.new_zeros(height, width, dtype=torch.float32)
     total: Tensor | float = 0.0
-    for top, left in corners:
-        place = (..., slice(top, top + height), slice(left, left + width))
-        answer = scores(images[place]).float().softmax(dim=1)  # (B, K, height, width)
-        total = total + F.pad(answer, (left, columns - left - width, top, rows - top - height))
-        count[place] += 1
+    for rows, columns in windows((height, width), window, overlap):
+        answer = scores(images[..., rows, columns]).float().softmax(dim=1)  # (B, K, rows, columns)
+        total = total + F.pad(answer, (columns.start, width - columns.stop, rows.start, height - rows.stop))
+        count[rows, columns] += 1
     return total / count
 
 

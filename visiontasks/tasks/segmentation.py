@@ -13,10 +13,11 @@ from torch import Tensor
 
 from visiontasks.contracts import IGNORE, Backbone, Batch, Head, UsageError
 from visiontasks.heads import FCN, UNet
-from visiontasks.layers.distributed import mean_over_processes
+from visiontasks.layers.blocks import resized
 from visiontasks.losses import Term
 from visiontasks.tasks.base import Prediction, Task
-from visiontasks.tasks.inference import augmented, padded, resized, windowed
+from visiontasks.tasks.inference import augmented, padded, window_sides, windowed
+from visiontasks.tasks.metrics import stacked
 from visiontasks.tasks.segmentation_metrics import SegmentationMetrics, image_iou, predicted_classes
 
 Scored = tuple[Tensor, Tensor | None]  # logits of the head and of the auxiliary head
@@ -34,6 +35,7 @@ class Segmentation(Task):
     """
 
     needs = frozenset({"mask"})
+    metrics: SegmentationMetrics
     panels: ClassVar[int] = 4  # image, truth, prediction, errors
     unit: ClassVar[str] = "pixels"
 
@@ -61,12 +63,12 @@ class Segmentation(Task):
         self.auxiliary = self._auxiliary(backbone, auxiliary)
         self.losses = dict(losses or {"cross_entropy": Term()})
         self.stride = max(level.stride for level in backbone.levels)
-        self.window = _window(window)
-        self.overlap = _share(overlap)
+        self.window = window_sides(window, overlap)
+        self.overlap = overlap
         self.scales = _scales(scales)
         self.flips = flips
-        shares = {name: term.weight for name, term in self.losses.items()}
-        self.metrics = SegmentationMetrics(len(classes), losses=shares, boundary_f1=boundary_f1)
+        self.loss_weights = {name: term.weight for name, term in self.losses.items()}
+        self.metrics = SegmentationMetrics(len(classes), losses=self.loss_weights, boundary_f1=boundary_f1)
         weights = self._weights(class_weights)
         self.class_weights: Tensor | None
         self.register_buffer("class_weights", weights, persistent=False)
@@ -103,24 +105,15 @@ class Segmentation(Task):
 
     def _terms(self, logits: Tensor, target: Tensor) -> Tensor:
         """Sum and count of every loss, (L, 2)."""
-        pairs = [term(logits, target, class_weights=self.class_weights) for term in self.losses.values()]
-        return torch.stack([torch.stack((total, count.to(total.dtype))) for total, count in pairs])
-
-    def _mean(self, terms: Tensor) -> Tensor:
-        """The weighted sum of the losses, each averaged over all processes."""
-        means = mean_over_processes(terms[:, 0], terms[:, 1])  # (L,)
-        return (means * means.new_tensor([term.weight for term in self.losses.values()])).sum()
+        return stacked(term(logits, target, class_weights=self.class_weights) for term in self.losses.values())
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002
         logits, auxiliary = self._scored(self.images(batch), auxiliary=True)
         terms = self._terms(logits, batch["mask"])
-        loss = self._mean(terms)
+        loss = self.mean_loss(terms)
         if auxiliary is not None:
-            loss = loss + self.auxiliary_weight * self._mean(self._terms(auxiliary, batch["mask"]))
-        self.watch("loss", loss, torch.ones_like(loss))
-        for name, (total, count) in zip(self.losses, terms, strict=True):
-            if len(self.losses) > 1:
-                self.watch(f"{name}_loss", total, count)
+            loss = loss + self.auxiliary_weight * self.mean_loss(self._terms(auxiliary, batch["mask"]))
+        self.watch_losses(loss, terms)
         return loss
 
     def infer(self, images: Tensor) -> Tensor:
@@ -134,16 +127,10 @@ class Segmentation(Task):
             return self(images)  # type: ignore[no-any-return]
         return _log(windowed(self, images, window=self.window, overlap=self.overlap))
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> Any:  # noqa: ARG002
-        return self._evaluation_step(batch)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> Any:  # noqa: ARG002
-        return self._evaluation_step(batch)
-
     def predict_step(self, batch: Batch, batch_idx: int) -> list[Tensor]:  # noqa: ARG002
         return [mask for images, _ in _stacks(batch) for mask in predicted_classes(self._answer(images))]
 
-    def _evaluation_step(self, batch: Batch) -> list[Tensor]:
+    def evaluation_step(self, batch: Batch) -> list[Tensor]:
         """The predicted classes of each image, uint8 (H, W)."""
         predicted: list[Tensor] = []
         for images, target in _stacks(batch):
@@ -155,17 +142,6 @@ class Segmentation(Task):
 
     def _answer(self, images: Tensor) -> Tensor:
         return self.infer(self.images({"image": images}))
-
-    def on_validation_epoch_end(self) -> None:
-        self._evaluated("val")
-
-    def on_test_epoch_end(self) -> None:
-        self._evaluated("test")
-
-    def _evaluated(self, stage: str) -> None:
-        values, self.tables = self.metrics.compute()
-        self.metrics.reset()
-        self.log_evaluation(stage, values)
 
     def predictions(self, raw: list[Tensor]) -> list[Prediction]:
         masks = [mask.cpu().numpy() for mask in raw]
@@ -236,21 +212,6 @@ def _stacks(batch: Batch) -> Iterable[tuple[Tensor, Tensor]]:
 
 def _log(probabilities: Tensor) -> Tensor:
     return probabilities.clamp_min(1e-12).log()
-
-
-def _window(given: int | Sequence[int] | None) -> tuple[int, int] | None:
-    if given is None:
-        return None
-    height, width = (given, given) if isinstance(given, int) else given
-    if min(height, width) < 1:
-        raise UsageError(f"task.window={given} has no pixels: give one side, or [height,width].")
-    return height, width
-
-
-def _share(overlap: float) -> float:
-    if not 0 <= overlap < 1:
-        raise UsageError(f"task.overlap={overlap} is no share of a window: give 0 or more and less than 1.")
-    return overlap
 
 
 def _scales(scales: Sequence[float]) -> tuple[float, ...]:

@@ -4,13 +4,13 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import Metric
 
 from visiontasks.contracts import IGNORE, UsageError
+from visiontasks.tasks.metrics import Figures, Metrics, Sums
 
 VALUES = 256  # that a pixel of a mask can have
-Figures = dict[str, Tensor]
 
 
 def predicted_classes(logits: Tensor) -> Tensor:
@@ -196,26 +196,7 @@ def _join(into: Tensor, bits: Tensor, dim: int, shift: int) -> None:
         part.bitwise_or_(bits.narrow(dim, end, length))
 
 
-class Sums(Metric):
-    """Sum and count of each of several losses, over all processes."""
-
-    full_state_update = False
-    sums: Tensor  # (L, 2)
-
-    def __init__(self, losses: int) -> None:
-        super().__init__()
-        self.add_state("sums", torch.zeros(losses, 2), dist_reduce_fx="sum")
-
-    def update(self, terms: Tensor) -> None:
-        """Adds a batch's sums and counts (L, 2)."""
-        self.sums = self.sums + terms.detach()
-
-    def compute(self) -> Tensor:
-        """The mean of each loss, (L,); 0 where nothing was counted."""
-        return self.sums[:, 0] / self.sums[:, 1].where(self.sums[:, 1] > 0, 1)
-
-
-class SegmentationMetrics(nn.Module):
+class SegmentationMetrics(Metrics):
     """The losses, and all figures of one confusion matrix, with boundary F1 where it is wanted.
 
     losses gives the weight of each loss in the sum that is called loss.
@@ -224,8 +205,7 @@ class SegmentationMetrics(nn.Module):
     def __init__(self, classes: int, *, losses: Mapping[str, float], boundary_f1: bool = True) -> None:
         super().__init__()
         self.classes = classes
-        self.losses = dict(losses)
-        self.sums = Sums(len(losses))
+        self.sums = Sums(losses)
         self.confusion = PixelConfusion(classes)
         self.boundary = BoundaryF1(classes) if boundary_f1 else None
 
@@ -237,23 +217,10 @@ class SegmentationMetrics(nn.Module):
             self.boundary.update(predicted, target)
 
     def compute(self) -> tuple[Figures, Figures]:
-        """Figures by name, and the tables: confusion (K, K), rows are the truth; per_class_iou and others (K,).
-
-        loss is the weighted sum; where there are several, NAME_loss is each by itself.
-        """
-        means = dict(zip(self.losses, self.sums.compute().view(-1), strict=True))
+        """Figures by name, and the tables: confusion (K, K), rows are the truth; per_class_iou and others (K,)."""
         figures, tables = confusion_figures(confusion := self.confusion.compute().view(self.classes, self.classes))
-        values = {"loss": torch.stack([weight * means[name] for name, weight in self.losses.items()]).sum()}
-        if len(means) > 1:
-            values |= {f"{name}_loss": mean for name, mean in means.items()}
-        values |= figures
+        values = self.sums.compute() | figures
         if self.boundary is not None:
             values["boundary_f1"], per_class = self.boundary.compute()
             tables["per_class_boundary_f1"] = per_class.view(-1)
         return values, {"confusion": confusion, **tables}
-
-    def reset(self) -> None:
-        """Forgets all images."""
-        for metric in (self.sums, self.confusion, self.boundary):
-            if metric is not None:
-                metric.reset()
