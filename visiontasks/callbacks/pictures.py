@@ -21,6 +21,8 @@ COUNTED = 20  # classes whose counts still fit its cells
 BARS = 60  # classes that fit below each other
 LARGE = 320  # pixels
 EXPLAINED = 40  # classes whose colours still fit a legend
+Mark = tuple[float, str]  # how wrong the prediction of an image is, and the image's name
+NO_MARK: Mark = (0.0, "")
 
 
 @dataclass(order=True)
@@ -60,10 +62,10 @@ class ContactSheets(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,  # noqa: ARG002
     ) -> None:
-        wanted = -(-self.validation_images // module.panels)
+        wanted = _shared(self.validation_images, module)
         if len(self.sample) < wanted and not trainer.sanity_checking:
-            batches = int(trainer.num_val_batches[0])
-            self.sample += _spread(_tiles(module, outputs, batch, None), wanted, batches, batch_idx)
+            rows = _spread(len(outputs), wanted, int(trainer.num_val_batches[0]), batch_idx)
+            self.sample += _tiles(module, outputs, batch, dict.fromkeys(rows, NO_MARK))
 
     def on_validation_end(self, trainer: Trainer, module: Any) -> None:
         if trainer.is_global_zero and self.sample:
@@ -84,14 +86,18 @@ class ContactSheets(Callback):
         dataloader_idx: int = 0,  # noqa: ARG002
     ) -> None:
         data: Any = getattr(trainer, "datamodule")  # noqa: B009
+        wanted = _shared(self.images, module)
+        rows = _spread(len(outputs), wanted, int(trainer.num_test_batches[0]), batch_idx)
+        self.sample += _tiles(module, outputs, batch, dict.fromkeys(rows, NO_MARK))
         names = [data.test_name(index) for index in batch["index"].tolist()]
-        tiles, wanted = _tiles(module, outputs, batch, names), -(-self.images // module.panels)
-        self.sample += _spread(tiles, wanted, int(trainer.num_test_batches[0]), batch_idx)
-        wrong = [tile for tile in tiles if tile.error > 0]
-        self.worst = sorted([*self.worst, *wrong], reverse=True)[:wanted]
+        marks = list(zip(module.errors(outputs, batch).tolist(), names, strict=True))
+        least = (self.worst[-1].error, self.worst[-1].name) if len(self.worst) == wanted else NO_MARK
+        worse = [row for row, mark in enumerate(marks) if mark[0] > 0 and mark > least]
+        worst = {row: marks[row] for row in sorted(worse, key=marks.__getitem__)[-wanted:]}
+        self.worst = sorted([*self.worst, *_tiles(module, outputs, batch, worst)], reverse=True)[:wanted]
 
     def on_test_end(self, trainer: Trainer, module: Any) -> None:
-        worst = sorted(_gathered(self.worst), reverse=True)[: -(-self.images // module.panels)]
+        worst = sorted(_gathered(self.worst), reverse=True)[: _shared(self.images, module)]
         if not trainer.is_global_zero:
             return
         folder = Path(trainer.default_root_dir)
@@ -139,7 +145,7 @@ class PrecisionRecall(Callback):
 
 def draw_sheet(module: Any, tiles: list[Tile], path: Path, *, columns: int = 8, named: bool = False) -> None:
     """Draws images with their predictions and truths on a grid, with file names underneath where asked."""
-    columns = min(-(-columns // module.panels), len(tiles))
+    columns = min(_shared(columns, module), len(tiles))
     rows = math.ceil(len(tiles) / columns)
     tall = max(tile.image.shape[-2] / tile.image.shape[-1] for tile in tiles)
     width = 1.7 if module.panels == 1 else 2.2 * module.panels
@@ -238,10 +244,15 @@ def draw_curves(columns: dict[str, list[tuple[int, float]]], monitor: str, path:
     figure.savefig(path, dpi=110)
 
 
-def _spread(tiles: list[Tile], wanted: int, batches: int, batch: int) -> list[Tile]:
-    """The share of the wanted tiles that falls to one batch of many, spread evenly over it."""
+def _shared(pictures: int, module: Any) -> int:
+    """How many images make about so many pictures."""
+    return math.ceil(pictures / int(module.panels))
+
+
+def _spread(images: int, wanted: int, batches: int, batch: int) -> list[int]:
+    """The rows of the share of the wanted images that falls to one batch of many, spread evenly over it."""
     share = (batch + 1) * wanted // batches - batch * wanted // batches
-    return tiles[:: max(1, len(tiles) // max(1, share))][:share]
+    return list(range(0, images, max(1, images // max(1, share))))[:share]
 
 
 def _count(number: int) -> str:
@@ -258,11 +269,17 @@ def _write_names(tiles: list[Tile], path: Path) -> None:
         writer.writerows([tile.name, f"{tile.error:.4f}"] for tile in tiles)
 
 
-def _tiles(module: Any, raw: Any, batch: dict[str, Any], names: list[str] | None) -> list[Tile]:
-    images = [image.cpu() for image in batch["image"]]
-    names = names or [""] * len(images)
-    columns = (module.errors(raw, batch).tolist(), names, images, module.predictions(raw), module.truths(batch))
-    return [Tile(*row) for row in zip(*columns, strict=True)]
+def _tiles(module: Any, raw: Any, batch: dict[str, Any], marks: dict[int, Mark]) -> list[Tile]:
+    """The tiles of the rows of a batch that have marks; nothing is worked out for the others."""
+    rows = list(marks)
+    own = {key: _chosen(values, rows) for key, values in batch.items()}
+    images = [image.cpu() for image in own["image"]]
+    columns = (marks.values(), images, module.predictions(_chosen(raw, rows)), module.truths(own))
+    return [Tile(*mark, *seen) for mark, *seen in zip(*columns, strict=True)]
+
+
+def _chosen(values: Any, rows: list[int]) -> Any:
+    return values[rows] if isinstance(values, Tensor) else [values[row] for row in rows]
 
 
 def _gathered(tiles: list[Tile]) -> list[Tile]:

@@ -35,7 +35,7 @@ def predict(composed: "DictConfig") -> None:
     from lightning import Fabric
     from tqdm import tqdm
 
-    from visiontasks.callbacks.pictures import Tile, draw_sheet
+    from visiontasks.callbacks.pictures import Tile, draw_one, draw_sheet
     from visiontasks.cli.build import build_data, load_task, plain, read_checkpoint, resolved_precision
     from visiontasks.cli.evaluate import output_folder
     from visiontasks.cli.train import quieten
@@ -67,7 +67,8 @@ def predict(composed: "DictConfig") -> None:
             tile = Tile(0.0, name, image, prediction, None)
             tiles += [tile] if len(tiles) * task.panels < SHEET else []
             if config["pictures"]:
-                draw_picture(task, tile, folder / "pictures" / f"{stem}.png")
+                (folder / "pictures").mkdir(exist_ok=True)
+                draw_one(task, tile, folder / "pictures" / f"{stem}.png")
     task.finish(answers, folder)
     if tiles:
         draw_sheet(task, tiles, folder / "predictions.png", named=True)
@@ -94,14 +95,6 @@ def predicted(task: "Task", loader: "DataLoader[Any]") -> Iterator[tuple[int, "T
             image, prediction = rows[index] if index in rows else (None, {"error": next(bad)[-1]})
             yield index, image, prediction
             seen = index + 1
-
-
-def draw_picture(task: "Task", tile: Any, path: Path) -> None:
-    """Draws one image with its prediction at the image's own size, small ones enlarged."""
-    from visiontasks.callbacks.pictures import draw_one
-
-    path.parent.mkdir(exist_ok=True)
-    draw_one(task, tile, path)
 
 
 if __name__ == "__main__":
