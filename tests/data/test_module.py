@@ -270,6 +270,12 @@ def test_a_batch_with_nothing_left(tmp_path: Path) -> None:
         fit(NoiseData(batch_size=2, bad=frozenset(range(1, 24)), max_bad_fraction=1.0), tmp_path, max_epochs=1)
 
 
+def test_an_evaluation_batch_with_nothing_left_is_passed_over(tmp_path: Path) -> None:
+    data = NoiseData(bad=frozenset({4}), max_bad_fraction=0.2)  # of 5 validation images the last, alone in its batch
+    fit(data, tmp_path, max_epochs=1)
+    assert data.bad_files == {"noise/4": "is bad"}
+
+
 def test_any_source_can_be_predicted_without_training_data() -> None:
     data = NoiseData(train_size=0)
     batches = list(data.loader(Noise(6, bad=frozenset({1}))))

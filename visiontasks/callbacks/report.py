@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning import Callback, LightningModule, Trainer
 
-from visiontasks.layers.distributed import world_size
+from visiontasks.layers.distributed import collected, world_size
 
 PACKAGES = ("visiontasks", "torch", "torchvision", "lightning", "hydra-core", "albumentations", "torchmetrics", "timm")
 HEADLINES = 12  # rows of the table of results
@@ -93,11 +92,7 @@ def per_class(module: Any) -> dict[str, dict[str, float | None]]:
 def bad_files(trainer: Trainer) -> dict[str, str]:
     """The files that could not be read so far, with the reason, of all processes."""
     own: dict[str, str] = getattr(trainer, "datamodule").bad_files  # noqa: B009
-    if world_size() == 1:
-        return own
-    parts: list[dict[str, str]] = [{} for _ in range(world_size())]
-    dist.all_gather_object(parts, own)
-    return {name: reason for part in parts for name, reason in part.items()}
+    return {name: reason for part in collected(own) for name, reason in part.items()}
 
 
 def repaired(trainer: Trainer) -> list[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -20,6 +21,7 @@ from visiontasks.data.images import BadFile
 from visiontasks.data.masks import MaskFiles, Survey, median_frequency, survey
 from visiontasks.data.sampling import EpochSampler, too_large_a_batch
 from visiontasks.data.source import Cached, CacheKind, Source
+from visiontasks.layers.distributed import collected, world_size
 
 TransformFactory = Callable[..., Transform]  # called with size= and mirror=, and boxes=True where samples have boxes
 Key = tuple[int, int]  # epoch, index
@@ -58,6 +60,8 @@ class DataModule(LightningDataModule):
     keeps decoded images in "ram" or on "disk" (see Cached): those of training shrunk to a short side of 8/7 of
     image_size, where they have no boxes and masks; the others as they are. `max_bad_fraction` is the share of a split's
     files that may be bad (left out, and named in `bad_files`) before training stops; with 0 the first one stops it.
+    Several processes count their bad files together, and stop together: after each training batch, and for those of an
+    evaluation before the next training batch or at the end.
     """
 
     provides: frozenset[str] = frozenset()  # the annotations that samples have, in the words of contracts.Sample
@@ -90,6 +94,7 @@ class DataModule(LightningDataModule):
         self.test_split = "test"
         self.bad_files: dict[str, str] = {}
         self._bad: dict[str, set[str]] = {split: set() for split in SPLITS}
+        self._found: list[BadEntry] = []  # since the processes last told each other
         self._selected: frozenset[str] | None = None
         self._sources: dict[str, Source] = {}
         self._caches: dict[tuple[str, bool], Source] = {}
@@ -187,14 +192,30 @@ class DataModule(LightningDataModule):
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:  # noqa: ARG002
         """Take the bad files out of a batch and note them.
 
-        Raises UsageError where they are more than max_bad_fraction of their split, or nothing else is left.
+        Raises UsageError where they are more than max_bad_fraction of their split, over all processes, or nothing else
+        is left to train on; then it does so in every process.
         """
         entries = batch.pop("bad", []) if isinstance(batch, dict) else []
-        for split, name, reason in entries:
-            self._note(split, name, reason)
-        if entries and "image" not in batch:
-            raise UsageError(f"All {len(entries)} files of a batch are bad, among them {_sentence(*entries[0][1:])}")
+        self._found += entries
+        evaluating = self.trainer is not None and not self.trainer.training
+        if world_size() == 1 or not evaluating:  # several evaluate uneven numbers of batches
+            self._judge(lost=entries if entries and "image" not in batch else [])
         return batch
+
+    def teardown(self, stage: str | None = None) -> None:  # noqa: ARG002, Lightning names the stage
+        """Note the bad files of the last evaluation; raises UsageError as on_before_batch_transfer does."""
+        self._judge()
+
+    def _judge(self, *, lost: Sequence[BadEntry] = ()) -> None:
+        """Note what every process has found bad since the last time; `lost` are the files of a batch with no other."""
+        parts = collected((self._found.copy(), lost))
+        self._found.clear()
+        found = [entry for entries, _ in parts for entry in entries]
+        for split in dict.fromkeys(split for split, _, _ in found):
+            self._note_all(split, [(name, reason) for part, name, reason in found if part == split])
+        for _, files in parts:
+            if files:
+                raise UsageError(f"All {len(files)} files of a batch are bad, among them {_sentence(*files[0][1:])}")
 
     def _note(self, split: str, name: str, reason: str) -> None:
         self.bad_files[name] = reason
@@ -225,7 +246,7 @@ class DataModule(LightningDataModule):
     def _note_all(self, split: str, bad: list[tuple[str, str]]) -> None:
         """Note bad files, all before the first may raise; the error names the first."""
         self.bad_files.update(bad)
-        self._bad[split].update(name for name, _ in bad)
+        self._bad.setdefault(split, set()).update(name for name, _ in bad)
         if bad:
             self._note(split, *bad[0])
 
@@ -241,7 +262,11 @@ class DataModule(LightningDataModule):
 
     def _loader(self, split: str, *, train: bool) -> DataLoader[Any]:
         self.setup()
-        return self._loader_of(self._decoded(split, shrink=train), split, train=train, keys=self.keys)
+        source = self._decoded(split, shrink=train)
+        if train:
+            return self._loader_of(source, split, train=True, keys=self.keys)
+        kind = partial(_EvaluationLoader, found=self._found)
+        return self._loader_of(source, split, train=False, keys=self.keys, kind=kind)
 
     def _decoded(self, split: str, *, shrink: bool) -> Source:
         if self.cache is None:
@@ -252,14 +277,22 @@ class DataModule(LightningDataModule):
             self._caches[split, shrink] = Cached(self._sources[split], self.cache, size=size)
         return self._caches[split, shrink]
 
-    def _loader_of(self, source: Source, split: str, *, train: bool, keys: frozenset[str]) -> DataLoader[Any]:
+    def _loader_of(
+        self,
+        source: Source,
+        split: str,
+        *,
+        train: bool,
+        keys: frozenset[str],
+        kind: Callable[..., DataLoader[Any]] = DataLoader,
+    ) -> DataLoader[Any]:
         data = Views(source, self._transform(train=train, keys=keys), split=split, keys=keys, seed=self.seed)
         world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         workers = default_workers() if self.num_workers is None else self.num_workers
         sampler = EpochSampler(
             data, batch_size=self.batch_size, shuffle=train, seed=self.seed, rank=rank, num_replicas=world
         )
-        return DataLoader(
+        return kind(
             data,
             batch_size=self.batch_size,
             sampler=sampler,
@@ -358,6 +391,21 @@ class _Others(Sequence[Sample]):
 
     def __getitem__(self, index: Any) -> Any:
         return self.views.given(index)
+
+
+class _EvaluationLoader(DataLoader[Any]):
+    """Hands on no batch of bad files alone: they are put to those `found`."""
+
+    def __init__(self, data: Dataset[Any], *, found: list[BadEntry], **options: Any) -> None:
+        super().__init__(data, **options)
+        self.found = found
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        for batch in super().__iter__():
+            if "image" in batch:
+                yield batch
+            else:
+                self.found += batch["bad"]
 
 
 def collate(items: list[Sample | BadEntry]) -> Batch:
