@@ -1,12 +1,17 @@
 """Timm's pyramids against timm's own networks."""
 
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from huggingface_hub import constants
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from visiontasks.backbones import TimmBackbone
@@ -98,14 +103,67 @@ def test_mistakes_are_one_sentence(options: dict[str, Any], message: str) -> Non
         TimmBackbone(**options)
 
 
-def test_without_a_network_the_error_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    create = timm.create_model
+TINY = "test_resnet"  # 0.5 M parameters
 
-    def offline(name: str, *, pretrained: bool = False, **options: object) -> Any:
-        if pretrained:
-            raise OSError("no network")
-        return create(name, **options)
 
-    monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(UsageError, match=r"resnet18 .*no network.*backbone\.weights=PATH"):
-        TimmBackbone(name="resnet18", weights="imagenet")
+class Hub(BaseHTTPRequestHandler):
+    """Stands in for the Hugging Face Hub: gives one file to all who ask, after some refusals."""
+
+    content = b""
+    refusals = 0
+
+    def do_HEAD(self) -> None:
+        self.send_response(200 if self.refusals == 0 else 503)
+        type(self).refusals = max(0, self.refusals - 1)
+        for name, value in {"X-Repo-Commit": "0" * 40, "ETag": "1", "Content-Length": str(len(self.content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.do_HEAD()
+        self.wfile.write(self.content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def meet(monkeypatch: pytest.MonkeyPatch, cache: Path, *, port: int) -> None:
+    address = f"http://127.0.0.1:{port}"
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+
+
+@pytest.fixture
+def hub() -> Iterator[HTTPServer]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_published_weights_arrive_from_a_hub_that_hesitates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: HTTPServer
+) -> None:
+    network = timm.create_model(TINY)
+    monkeypatch.setattr(Hub, "content", save(network.state_dict()))
+    monkeypatch.setattr(Hub, "refusals", 3)
+    meet(monkeypatch, tmp_path, port=hub.server_port)
+    backbone = TimmBackbone(name=TINY, weights="imagenet")
+    assert Hub.refusals == 0
+    own = backbone.net.state_dict()
+    assert own
+    assert all(torch.equal(tensor, network.state_dict()[name]) for name, tensor in own.items())
+
+    meet(monkeypatch, tmp_path, port=1)  # no network any more: they are cached
+    again = TimmBackbone(name=TINY, weights="imagenet")
+    assert all(torch.equal(tensor, own[name]) for name, tensor in again.net.state_dict().items())
+
+
+def test_without_a_network_the_error_names_the_remedy_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    meet(monkeypatch, tmp_path, port=1)
+    started = time.monotonic()
+    with pytest.raises(UsageError, match=rf"timm's {TINY} .*refused.*backbone\.weights=PATH"):
+        TimmBackbone(name=TINY, weights="imagenet")
+    assert time.monotonic() - started < 15

@@ -1,13 +1,16 @@
 """Pyramids from any network of timm."""
 
 import inspect
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
 import timm
 import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 
 from visiontasks.backbones.chain import IMAGENET_MEAN, IMAGENET_STD, check_output_stride, for_channels
@@ -15,6 +18,8 @@ from visiontasks.contracts import Level, UsageError
 from visiontasks.layers.freezing import FreezableBackbone, freeze_stages
 from visiontasks.weights import Receipt, load_backbone
 
+_FILES = ("model.safetensors", "pytorch_model.bin")  # what a repository of timm's holds, one or both
+_PATIENCE = 4.0  # seconds to reach the Hub in
 _ANY_SIZE = {"strict_img_size": False, "dynamic_img_size": True}  # how transformers are told to take every image size
 
 
@@ -59,7 +64,7 @@ class TimmBackbone(FreezableBackbone):
         self.std = for_channels(blueprint.pretrained_cfg.get("std", IMAGENET_STD), in_channels)
         self.probe_side = int(blueprint.pretrained_cfg["input_size"][-1])
         self.classifier_names = frozenset(blueprint.state_dict()) - frozenset(self.net.state_dict())
-        self.receipt = self._load(name, weights)
+        self.receipt = self._load(name, weights, published=blueprint.pretrained_cfg)
         freeze_stages(self, frozen_stages)
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -68,11 +73,11 @@ class TimmBackbone(FreezableBackbone):
         )
         return features
 
-    def _load(self, name: str, weights: str | None) -> Receipt | None:
+    def _load(self, name: str, weights: str | None, *, published: Mapping[str, Any]) -> Receipt | None:
         if weights is None:
             return None
         if weights == "imagenet":
-            return load_backbone(self, _download(name), source=f"timm's {name}")
+            return load_backbone(self, _download(name, published.get("hf_hub_id")), source=f"timm's {name}")
         return load_backbone(self, weights)
 
 
@@ -117,9 +122,11 @@ def _level(info: dict[str, Any]) -> Level:
     return Level(channels=int(info["num_chs"]), stride=int(info["reduction"]))
 
 
-def _download(name: str) -> dict[str, Tensor]:
+def _download(name: str, repository: str | None) -> dict[str, Tensor]:
     """Takes timm's published weights from the Hugging Face cache, or from the network into it."""
     try:
+        if repository:
+            _reach(repository)
         state: dict[str, Tensor] = timm.create_model(name, pretrained=True).state_dict()
     except (OSError, RuntimeError) as error:
         raise UsageError(
@@ -127,3 +134,24 @@ def _download(name: str) -> dict[str, Tensor]:
             "them where there is a network and give the file by backbone.weights=PATH."
         ) from error
     return state
+
+
+def _reach(repository: str) -> None:
+    """Raises ConnectionError where no weights are cached and the Hub gives no answer, which timm waits 46 s to say."""
+    if any(isinstance(try_to_load_from_cache(repository, file), str) for file in _FILES):
+        return
+    started = time.monotonic()
+    while (error := _unanswered(hf_hub_url(repository, _FILES[0]))) is not None:
+        if time.monotonic() - started > _PATIENCE:
+            raise ConnectionError(str(error)) from error
+        time.sleep(1)
+
+
+def _unanswered(url: str) -> Exception | None:
+    try:
+        get_hf_file_metadata(url)
+    except HfHubHTTPError:
+        return None  # a refusal is an answer
+    except Exception as error:  # of whichever HTTP client the library has
+        return error
+    return None
