@@ -217,7 +217,7 @@ def _cuts(name: str) -> Iterator[tuple[str, str]]:
 
 
 def _fits(given: Tensor, own: Tensor) -> bool:
-    return given.shape == own.shape or (given.ndim == 4 and given[:, :1].shape == own[:, :1].shape)
+    return given.shape == own.shape or (given.ndim == own.ndim == 4 and given[:, :1].shape == own[:, :1].shape)
 
 
 def _not_allowed(names: Iterable[str], allowed: Collection[str]) -> list[str]:
