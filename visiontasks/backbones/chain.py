@@ -9,12 +9,31 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from visiontasks.contracts import Level, UsageError
+from visiontasks.layers.freezing import FreezableBackbone
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _CONTAINERS = ("features", "layers", "trunk_output")  # what torchvision calls a Sequential of unlike steps
 _SIDE = 128  # pixels of the image that a trace follows: twice the coarsest stride that is asked for, and to spare
+
+
+class ChainBackbone(FreezableBackbone):
+    """A backbone that runs the steps of a Sequential in order; the outputs of those named in taps are its levels."""
+
+    net: nn.Sequential
+    steps: tuple[str, ...]
+    taps: tuple[str, ...]
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return run_chain(self.net, images, steps=self.steps, taps=self.taps)
+
+    def shorten(self, count: int) -> None:
+        end = self.steps.index(self.taps[count - 1]) + 1
+        for step in self.steps[end:]:
+            parent, _, child = step.rpartition(".")
+            delattr(self.net.get_submodule(parent), child)
+        self.steps, self.taps = self.steps[:end], self.taps[:count]
 
 
 class Trace(NamedTuple):

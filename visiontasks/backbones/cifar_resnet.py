@@ -8,21 +8,21 @@ from torch import Tensor, nn
 from visiontasks.backbones.chain import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    ChainBackbone,
     check_output_stride,
     for_channels,
     levels_at,
-    run_chain,
     step_names,
     trace,
 )
 from visiontasks.contracts import UsageError
-from visiontasks.layers.freezing import FreezableBackbone, freeze_stages
+from visiontasks.layers.freezing import freeze_stages
 from visiontasks.weights import load_backbone
 
 _WIDTHS = (16, 32, 64)
 
 
-class CifarResNet(FreezableBackbone):
+class CifarResNet(ChainBackbone):
     """The residual network for CIFAR, 6n + 2 layers deep, with identity shortcuts (option A), as strides 1, 2 and 4.
 
     He, Zhang, Ren, Sun 2015, Deep Residual Learning for Image Recognition, section 4.2, arXiv 1512.03385.
@@ -68,9 +68,6 @@ class CifarResNet(FreezableBackbone):
         self.levels = levels_at(self.taps, trace(self.net, in_channels=in_channels))
         self.receipt = load_backbone(self, _path(weights)) if weights is not None else None
         freeze_stages(self, frozen_stages)
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        return run_chain(self.net, images, steps=self.steps, taps=self.taps)
 
 
 class _Block(nn.Module):

@@ -10,17 +10,17 @@ import torchvision.models
 from torch import Tensor, nn
 
 from visiontasks.backbones.chain import (
+    ChainBackbone,
     check_output_stride,
     dilate,
     for_channels,
     last_at_each_stride,
     levels_at,
-    run_chain,
     step_names,
     trace,
 )
 from visiontasks.contracts import UsageError
-from visiontasks.layers.freezing import FreezableBackbone, freeze_stages
+from visiontasks.layers.freezing import freeze_stages
 from visiontasks.weights import Receipt, load_backbone
 
 
@@ -47,7 +47,7 @@ _FAMILIES = (
 )
 
 
-class TorchvisionBackbone(FreezableBackbone):
+class TorchvisionBackbone(ChainBackbone):
     """A classification network of torchvision without its classifier, as a pyramid.
 
     `net` keeps torchvision's names, so published weights load as they are. The levels are the last block outputs at
@@ -94,9 +94,6 @@ class TorchvisionBackbone(FreezableBackbone):
         self.levels = levels_at(self.taps, traces)
         self.receipt = self._load(name, weights)
         freeze_stages(self, frozen_stages)
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        return run_chain(self.net, images, steps=self.steps, taps=self.taps)
 
     def _load(self, name: str, weights: str | None) -> Receipt | None:
         if weights is None:

@@ -1,5 +1,6 @@
 """From a composed config to the objects that train."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,24 @@ from hydra.utils import get_class, instantiate
 from lightning import Callback, Trainer
 from omegaconf import DictConfig, OmegaConf
 
+from visiontasks.callbacks.unfreezing import Unfreezing
 from visiontasks.cli.command_line import conf_folders
 from visiontasks.contracts import Backbone, UsageError
 from visiontasks.data.module import DataModule
+from visiontasks.layers.freezing import cut_stages
 from visiontasks.tasks.base import Task
+from visiontasks.transfer import Auto, freeze_for_good, init_backbone
+from visiontasks.weights import Receipt
 
 Config = dict[str, Any]  # a composed config as plain containers, every interpolation resolved
-PARTS = ("task", "backbone", "head", "loss", "data", "augment", "optimizer", "scheduler", "channels_last", "seed")
+PARTS = (
+    *("task", "backbone", "transfer", "head", "loss", "data", "augment", "optimizer", "scheduler"),
+    *("channels_last", "seed"),
+)
+_LIBRARIES = {
+    "torchvision": "visiontasks.backbones.TorchvisionBackbone",
+    "timm": "visiontasks.backbones.TimmBackbone",
+}
 
 
 def plain(config: DictConfig) -> Config:
@@ -60,6 +72,9 @@ def build_data(config: Config) -> DataModule:
 def build_task(config: Config, *, classes: tuple[str, ...]) -> Task:
     """The task with its backbone, head, optimiser and schedule, knowing the config that it was built from."""
     backbone: Backbone = instantiate(config["backbone"], _convert_="all")
+    keep = (config.get("transfer") or {}).get("keep")
+    if keep is not None:
+        cut_stages(backbone, keep)
     head = instantiate(config["head"], _convert_="all")
     check_head(config, head)
     losses = {"losses": instantiate(config["loss"], _convert_="all")} if config.get("loss") else {}
@@ -77,6 +92,50 @@ def build_task(config: Config, *, classes: tuple[str, ...]) -> Task:
     return task.to(memory_format=task.memory_format)
 
 
+def start_backbone(task: Task, config: Config) -> Receipt | None:
+    """Loads what init_from names into the backbone, and says what arrived, then or when the backbone was made."""
+    source, allowed = config["init_from"], config["init_allow_missing"]
+    if source is None:
+        return getattr(task.backbone, "receipt", None)
+    library, _, name = str(source).partition(":")
+    if source != "imagenet" and library not in _LIBRARIES:
+        return init_backbone(task.backbone, source, allow_missing=allowed)
+    known = {"_target_": _LIBRARIES[library], "name": name} if name else config["backbone"]
+    published = instantiate(known | {"weights": "imagenet"}, _convert_="all")
+    return init_backbone(task.backbone, published.state_dict(), source=source, allow_missing=allowed)
+
+
+def begin_transfer(task: Task, data: DataModule, config: Config) -> tuple[list[Callback], str]:
+    """Freezes what never learns and sets the learning rates; gives what lets stages learn later, and a choice's reason.
+
+    Raises UsageError where stages are to stay as they came and came from nowhere.
+    """
+    transfer, why = instantiate(config["transfer"]), ""
+    source = config["init_from"] or config["backbone"].get("weights")
+    if isinstance(transfer, Auto):
+        sizes, levels = data.sizes(), len(task.backbone.levels)
+        transfer, why = transfer.choose(images=sizes["train"], stages=levels, other_data=_other_data(config))
+    if source is None and transfer.needs_source:
+        raise UsageError(
+            "This transfer keeps stages as they came, and they come from nowhere: type init_from=PATH or imagenet, "
+            "transfer=full to train them, or backbone.frozen_stages=N if they are to stay random."
+        )
+    stages = transfer.stages(task.backbone, epochs=config["trainer"]["max_epochs"] or -1)
+    freeze_for_good(task.backbone, stages)
+    task.rates = {f"backbone.{name}": stage.rate for stage in stages for name in stage.parameters}
+    usual = all(stage.start == 0 and stage.rate == 1 for stage in stages)
+    return [] if usual else [Unfreezing(stages)], why
+
+
+def _other_data(config: Config) -> bool:
+    """Whether the backbone comes from a run on another data set."""
+    source = Path(config["init_from"] or config["backbone"].get("weights") or "")
+    if source.suffix != ".ckpt" and not (source / "checkpoints").is_dir():
+        return False
+    learnt = read_checkpoint(find_checkpoint(str(source)))["config"]
+    return bool(learnt["data"]["_target_"] != config["data"]["_target_"])
+
+
 def check_head(config: Config, head: Any) -> None:
     """Raises UsageError where the head says that it serves another task."""
     task: type[Task] = get_class(config["task"]["_target_"])
@@ -86,12 +145,12 @@ def check_head(config: Config, head: Any) -> None:
         raise UsageError(f"The head {name} serves task={serves} and the task is {wanted}: type another head=, or none.")
 
 
-def build_trainer(config: Config, *, folder: Path) -> Trainer:
+def build_trainer(config: Config, *, folder: Path, callbacks: Sequence[Callback] = ()) -> Trainer:
     """The trainer with its callbacks and loggers, writing to a run folder."""
     options = config["trainer"] | {"precision": resolved_precision(config["trainer"]["precision"])}
     trainer: Trainer = instantiate(
         options,
-        callbacks=build_callbacks(config.get("callbacks") or {}),
+        callbacks=[*build_callbacks(config.get("callbacks") or {}), *callbacks],
         logger=[instantiate(logger, _convert_="all") for logger in (config.get("logger") or {}).values()],
         default_root_dir=str(folder),
         _convert_="all",

@@ -1,4 +1,4 @@
-"""Stages of a backbone: which parameters belong to each, and how a stage is kept from changing."""
+"""Stages of a backbone: which parameters belong to each, and how a stage is kept from changing or taken away."""
 
 from collections.abc import Iterable, Mapping
 from itertools import chain
@@ -28,6 +28,10 @@ class FreezableBackbone(Backbone):
             keep_frozen_in_eval(self)
         return self
 
+    def shorten(self, count: int) -> None:
+        """Takes away what only the levels after the first `count` need; `levels` is shortened by cut_stages."""
+        raise UsageError(f"{type(self).__name__} cannot be cut to {count} stages: type transfer=last_stages, or full.")
+
 
 def keep_frozen_in_eval(module: nn.Module) -> None:
     """Puts every submodule that has parameters, all of them frozen, into evaluation mode with all it holds."""
@@ -56,6 +60,28 @@ def freeze_stages(backbone: Backbone, count: int) -> None:
     for name in chain.from_iterable(stage_parameters(backbone)[:count]):
         parameters[name].requires_grad_(False)
     backbone.train(backbone.training)
+
+
+def cut_stages(backbone: Backbone, count: int) -> None:
+    """Keeps the first `count` levels: what only the others need is gone, and left over when weights are loaded.
+
+    Raises:
+        UsageError: if count is not between 1 and the number of levels, or the backbone cannot be cut.
+    """
+    if not 1 <= count <= len(backbone.levels):
+        raise UsageError(
+            f"transfer.keep={count}, but this backbone has {len(backbone.levels)} stages: "
+            f"give a number from 1 to {len(backbone.levels)}."
+        )
+    if count == len(backbone.levels):
+        return
+    if not isinstance(backbone, FreezableBackbone):
+        raise UsageError(f"{type(backbone).__name__} cannot be cut: derive it from FreezableBackbone.")
+    before = set(backbone.state_dict())
+    backbone.shorten(count)
+    backbone.levels = backbone.levels[:count]
+    gone = before - set(backbone.state_dict())
+    backbone.classifier_names |= {name.removeprefix("net.") for name in gone}
 
 
 def stage_parameters(backbone: Backbone) -> list[list[str]]:

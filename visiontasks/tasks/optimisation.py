@@ -1,7 +1,7 @@
 """Parameter groups, optimisers and learning-rate schedules."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -14,13 +14,29 @@ Schedule = dict[str, Any]  # what Lightning takes under "lr_scheduler"
 MakeSchedule = Callable[..., Schedule]  # called with the optimiser and total_steps
 
 
-def parameter_groups(module: nn.Module) -> Groups:
-    """The trainable parameters in two groups: weights, and norms and biases, which are not decayed."""
-    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    decayed = [parameter for parameter in trainable if parameter.ndim > 1]
-    plain = [parameter for parameter in trainable if parameter.ndim <= 1]
-    groups: Groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+def parameter_groups(module: nn.Module, rates: Mapping[str, float] | None = None) -> Groups:
+    """The trainable parameters in groups: for each rate weights, and norms and biases, which are not decayed.
+
+    rates is the share of the learning rate that falls to a parameter, by name; 1 where it is not named. It stands in
+    each group as "rate", for `at_rates`.
+    """
+    rates = rates or {}
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((rates.get(name, 1.0), parameter.ndim > 1), []).append(parameter)
+    ordered = sorted(groups.items(), key=lambda item: item[0], reverse=True)
+    return [
+        {"params": parameters, "rate": rate} | ({} if decayed else {"weight_decay": 0.0})
+        for (rate, decayed), parameters in ordered
+    ]
+
+
+def at_rates(optimizer: Optimizer) -> Optimizer:
+    """The optimiser, whose groups now learn at their share of its learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] *= group["rate"]
+    return optimizer
 
 
 def timm_optimizer(groups: Groups, *, opt: str, lr: float, weight_decay: float = 0.0, **options: Any) -> Optimizer:
