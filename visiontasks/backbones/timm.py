@@ -73,6 +73,10 @@ class TimmBackbone(FreezableBackbone):
         )
         return features
 
+    def shorten(self, count: int) -> None:
+        self.indices = self.indices[:count]
+        self.net.prune_intermediate_layers(list(self.indices), prune_norm=True, prune_head=True)
+
     def _load(self, name: str, weights: str | None, *, published: Mapping[str, Any]) -> Receipt | None:
         if weights is None:
             return None

@@ -1,7 +1,9 @@
 """python train.py: compose, build, fit, test."""
 
+import json
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from visiontasks.cli.build import Config
     from visiontasks.data.module import DataModule
     from visiontasks.tasks.base import Task
+    from visiontasks.weights import Receipt
 
 USAGE = """
 python train.py [group=choice ...] [key=value ...]
@@ -52,7 +55,15 @@ def train(composed: "DictConfig") -> float:
     from lightning import seed_everything
     from torch import cuda
 
-    from visiontasks.cli.build import build_data, build_task, build_trainer, one_column_wide, plain
+    from visiontasks.cli.build import (
+        begin_transfer,
+        build_data,
+        build_task,
+        build_trainer,
+        one_column_wide,
+        plain,
+        start_backbone,
+    )
 
     hydra = HydraConfig.get()
     config, folder = plain(composed), Path(hydra.runtime.output_dir)
@@ -65,17 +76,16 @@ def train(composed: "DictConfig") -> float:
     if config["task"].get("class_weights") == "balanced":
         config["task"]["class_weights"] = data.class_weights()
     task = build_task(config, classes=data.target_classes)
-    if config["init_from"]:
-        from visiontasks.transfer import init_backbone
-
-        print(init_backbone(task.backbone, config["init_from"]))
+    receipt = None if checkpoint else start_backbone(task, config)
+    transferring, why = begin_transfer(task, data, config)
     if config["compile"]:
         task.compile_parts()
     if config["trainer"]["precision"] == "auto" and not cuda.is_available() and one_column_wide(task, data):
         config["trainer"]["precision"] = "32-true"
-    trainer = build_trainer(config, folder=folder)
+    trainer = build_trainer(config, folder=folder, callbacks=transferring)
     if trainer.is_global_zero:
         begin_folder(folder, composed, list(hydra.overrides.task))
+        say_start(receipt, why, folder)
     tune(trainer, task, data, config)
     trainer.fit(task, datamodule=data, ckpt_path=checkpoint)
     return finish(trainer, task, test=config["test"])
@@ -112,6 +122,15 @@ def begin_folder(folder: Path, composed: "DictConfig", overrides: list[str]) -> 
 
 
 def tune(trainer: "Trainer", task: "Task", data: "DataModule", config: "Config") -> None:
+def say_start(receipt: "Receipt | None", why: str, folder: Path) -> None:
+    """Prints what arrived in the backbone, with each name in receipt.json, and why transfer=auto chose what it did."""
+    if receipt is not None:
+        (folder / "receipt.json").write_text(json.dumps(asdict(receipt), indent=2) + "\n")
+        print(f"weights    {receipt}", flush=True)
+    if why:
+        print(f"transfer   {why}", flush=True)
+
+
     """Finds the batch size, then the learning rate, where asked, and says what it found."""
     from lightning.pytorch.tuner.tuning import Tuner
 
@@ -161,6 +180,7 @@ def quieten() -> None:
         r".*Checkpoint directory .* exists and is not empty.*",
         r".*number of training batches .* is smaller than the logging interval.*",
         r".*isinstance\(treespec, LeafSpec\).*",  # Lightning's own
+        r".*module\(s\) in eval mode.*",  # which frozen parts are meant to be
     ):
         warnings.filterwarnings("ignore", message=message)
 
