@@ -21,7 +21,7 @@ from visiontasks.data.images import BadFile
 from visiontasks.data.masks import MaskFiles, Survey, median_frequency, survey
 from visiontasks.data.sampling import EpochSampler, too_large_a_batch
 from visiontasks.data.source import Cached, CacheKind, Source
-from visiontasks.layers.distributed import collected, world_size
+from visiontasks.layers.distributed import anywhere, collected, world_size
 
 TransformFactory = Callable[..., Transform]  # called with size= and mirror=, and boxes=True where samples have boxes
 Key = tuple[int, int]  # epoch, index
@@ -208,6 +208,8 @@ class DataModule(LightningDataModule):
 
     def _judge(self, *, lost: Sequence[BadEntry] = ()) -> None:
         """Note what every process has found bad since the last time; `lost` are the files of a batch with no other."""
+        if not anywhere(bool(self._found)):
+            return
         parts = collected((self._found.copy(), lost))
         self._found.clear()
         found = [entry for entries, _ in parts for entry in entries]

@@ -15,8 +15,17 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def anywhere(here: bool) -> bool:
+    """Whether something is so in any process; it is asked from CPU to CPU, so that no GPU has to wait."""
+    if world_size() == 1:
+        return here
+    answer = torch.tensor(int(here))
+    dist.all_reduce(answer, dist.ReduceOp.MAX, group=_between_cpus(dist.group.WORLD))
+    return bool(answer)
+
+
 def collected(value: T) -> list[T]:
-    """What each process gives, by rank, in all of them; it goes from CPU to CPU, so that no GPU has to wait."""
+    """What each process gives, by rank, in all of them; from CPU to CPU, as `anywhere`."""
     if world_size() == 1:
         return [value]
     parts: list[Any] = [None] * world_size()
