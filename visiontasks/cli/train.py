@@ -121,7 +121,6 @@ def begin_folder(folder: Path, composed: "DictConfig", overrides: list[str]) -> 
     (folder / "command.txt").write_text(command("train.py", overrides) + "\n")
 
 
-def tune(trainer: "Trainer", task: "Task", data: "DataModule", config: "Config") -> None:
 def say_start(receipt: "Receipt | None", why: str, folder: Path) -> None:
     """Prints what arrived in the backbone, with each name in receipt.json, and why transfer=auto chose what it did."""
     if receipt is not None:
@@ -131,6 +130,7 @@ def say_start(receipt: "Receipt | None", why: str, folder: Path) -> None:
         print(f"transfer   {why}", flush=True)
 
 
+def tune(trainer: "Trainer", task: "Task", data: "DataModule", config: "Config") -> None:
     """Finds the batch size, then the learning rate, where asked, and says what it found."""
     from lightning.pytorch.tuner.tuning import Tuner
 
@@ -179,8 +179,8 @@ def quieten() -> None:
         r".*recommended to use `.*sync_dist=True`.*",  # our figures are already over all processes
         r".*Checkpoint directory .* exists and is not empty.*",
         r".*number of training batches .* is smaller than the logging interval.*",
-        r".*isinstance\(treespec, LeafSpec\).*",  # Lightning's own
         r".*module\(s\) in eval mode.*",  # which frozen parts are meant to be
+        r".*isinstance\(treespec, LeafSpec\).*",  # Lightning's own
     ):
         warnings.filterwarnings("ignore", message=message)
 
