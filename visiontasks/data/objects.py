@@ -326,4 +326,5 @@ def _enough(boxes: NDArray[Any]) -> NDArray[np.bool_]:
 
 
 def _area(boxes: NDArray[Any]) -> NDArray[Any]:
-    return np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)  # type: ignore[no-any-return]
+    area: NDArray[Any] = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
+    return area

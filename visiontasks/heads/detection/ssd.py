@@ -142,7 +142,8 @@ def _halving(in_channels: int, channels: int) -> nn.Sequential:
         HalvingConv(channels // 2, channels),
         nn.ReLU(inplace=True),
     )
-    for layer in block[::2]:
-        nn.init.xavier_uniform_(layer.weight)  # type: ignore[arg-type]
-        nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+    for layer in block:
+        if isinstance(layer, nn.Conv2d) and layer.bias is not None:
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
     return block
