@@ -5,6 +5,7 @@ import io
 import json
 import math
 from collections import defaultdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
-from visiontasks.tasks.detection_metrics import AveragePrecision, ObjectConfusion, matched
+from visiontasks.tasks.detection_metrics import AveragePrecision, DetectionMetrics, ObjectConfusion, matched, mistakes
 
 ORDER = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")
 ORDER += ("mar_1", "mar_10", "mar_100", "mar_small", "mar_medium", "mar_large")
@@ -179,30 +180,38 @@ def images(count: int = 7) -> tuple[list[dict[str, Tensor]], list[dict[str, Tens
     return found, truth
 
 
+SHARES = ([0, 2, 3, 5], [1, 4, 6], [])  # the images of each process
+
+
+def measured(indices: list[int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Figures and tables of some images, each with two losses."""
+    found, truth = images()
+    metrics = DetectionMetrics(3, losses={"a": 1.0, "b": 0.5}, shown=0.5)
+    for index in indices:
+        terms = torch.tensor([[index, 1.0], [1.0, index]])
+        metrics.update([found[index]], [truth[index]], terms, scales=[0.5], indices=[index])
+    return metrics.compute()
+
+
 def one_of_three(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=3)
-    found, truth = images()
-    metric, confusion = AveragePrecision(3), ObjectConfusion(3)
-    for index in range(rank, len(found), 3):
-        metric.update([found[index]], [truth[index]], [index])
-        confusion.update([found[index]], [truth[index]])
-    torch.save((metric.compute(), confusion.compute()), f"{folder}/{rank}.pt")
+    patience = timedelta(seconds=60)
+    meeting = f"file://{folder}/meeting"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=3, timeout=patience)
+    torch.save(measured(SHARES[rank]), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_three_processes_of_uneven_shares_measure_as_one(tmp_path: Path) -> None:
+def test_three_processes_of_uneven_shares_one_of_them_empty_measure_as_one(tmp_path: Path) -> None:
     mp.spawn(one_of_three, args=(str(tmp_path),), nprocs=3)
-    found, truth = images()
-    metric, confusion = AveragePrecision(3), ObjectConfusion(3)
-    metric.update(found, truth, list(range(7)))
-    confusion.update(found, truth)
-    figures, tables = metric.compute()
+    figures, tables = measured(list(range(7)))
+    assert figures["loss"].item() == pytest.approx(21 / 7 + 0.5 * 7 / 21)
+    assert 0 < figures["map"] < 1
     for rank in range(3):
-        (others, other_tables), (_, counts) = torch.load(tmp_path / f"{rank}.pt")
+        others, other_tables = torch.load(tmp_path / f"{rank}.pt")
         assert {name: str(value) for name, value in others.items()} == {name: str(v) for name, v in figures.items()}
         assert torch.equal(other_tables["per_class_ap"].nan_to_num(9), tables["per_class_ap"].nan_to_num(9))
-        assert torch.equal(counts, confusion.compute()[1])
+        assert torch.equal(other_tables["confusion"], tables["confusion"])
 
 
 def test_the_mean_of_the_classes_is_the_figure() -> None:
@@ -239,7 +248,9 @@ def test_each_object_is_found_once_and_crowds_are_no_false_alarms() -> None:
     }
     match = matched(found, truth)
     assert match.object_of.tolist() == [0, -1, -2, -1]
+    assert match.true.tolist() == [0, -1, -1, -1]
     assert match.found.tolist() == [True, False]
+    assert mistakes(found, truth) == (1, 2)
     confusion = ObjectConfusion(2)
     confusion.update([found], [truth])
     figures, counts = confusion.compute()
