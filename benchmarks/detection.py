@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torchvision.models.detection as tv
+from memory import kept
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
@@ -150,13 +151,16 @@ def precision(plain: bool) -> AbstractContextManager[Any]:
     return torch.autocast("cpu", torch.bfloat16, enabled=not plain and native_bfloat16())
 
 
+def lost(model: Mine | Peer, batch: Batch, *, plain: bool) -> Tensor:
+    with precision(plain):
+        return model.loss(batch)
+
+
 def trained(model: Mine | Peer, optimizer: torch.optim.Optimizer, batch: Batch, *, plain: bool) -> float:
     """Seconds of one optimiser step."""
     model.train()
     start = time.perf_counter()
-    with precision(plain):
-        loss = model.loss(batch)
-    loss.backward()
+    lost(model, batch, plain=plain).backward()
     optimizer.step()
     optimizer.zero_grad()
     return time.perf_counter() - start
@@ -170,23 +174,6 @@ def inferred(model: Mine | Peer, batch: Batch, *, plain: bool) -> float:
     with precision(plain):
         model.detections(batch)
     return time.perf_counter() - start
-
-
-def kept(model: Mine | Peer, batch: Batch, *, plain: bool) -> int:
-    """Bytes of the distinct tensors that autograd keeps."""
-    storages: dict[int, Any] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-        return tensor
-
-    model.train()
-    with precision(plain), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = model.loss(batch)
-    total = sum(storage.nbytes() for storage in storages.values())
-    loss.backward()
-    model.zero_grad()
-    return total
 
 
 def shares(model: Mine, batch: Batch, *, plain: bool) -> dict[str, float]:
@@ -227,7 +214,7 @@ def main() -> None:
         print(f"{name}: a step {step:.3f} s, torchvision {theirs:.3f} s; ours x ", end="")
         print(f"{statistics.median(ours / peers for ours, peers in steps[1:]):.2f} (target 0.90), inference x ", end="")
         print(f"{statistics.median(ours / peers for ours, peers in inferences[1:]):.2f} (1.00), memory x ", end="")
-        memory = [kept(model, batch, plain=given.plain) for model in models]
+        memory = [kept(partial(lost, model.train(), batch, plain=given.plain)) for model in models]
         print(f"{memory[0] / memory[1]:.2f} (1.00)")
         print("  " + ", ".join(f"{k} {v:.0%}" for k, v in shares(models[0], batch, plain=given.plain).items()))
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from memory import kept
 from torch import Tensor, nn
 from torchvision.models.segmentation import fcn_resnet50
 
@@ -61,33 +62,19 @@ def fcn_pair(backbone: str) -> tuple[nn.Module, nn.Module]:
     return mine, Peer(fcn_resnet50(weights=None, weights_backbone=None, num_classes=len(CLASSES)), mine)
 
 
+def lost(step: Step, batch: dict[str, Tensor]) -> Tensor:
+    """The loss in a default run's precision."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=native_bfloat16()):
+        return step(batch)
+
+
 def timed(step: Step, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]) -> float:
     """Seconds of one optimiser step."""
     start = time.perf_counter()
-    with torch.autocast("cpu", torch.bfloat16, enabled=native_bfloat16()):
-        loss = step(batch)
-    loss.backward()
+    lost(step, batch).backward()
     optimizer.step()
     optimizer.zero_grad()
     return time.perf_counter() - start
-
-
-def kept(step: Step, batch: dict[str, Tensor]) -> int:
-    """Bytes of the distinct tensors that autograd keeps."""
-    storages: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with (
-        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
-        torch.autocast("cpu", torch.bfloat16, enabled=native_bfloat16()),
-    ):
-        loss = step(batch)
-        total = sum(storages.values())
-    loss.backward()
-    return total
 
 
 def compare(name: str, pair: tuple[nn.Module, nn.Module], batch: dict[str, Tensor], rounds: int) -> None:
@@ -101,7 +88,7 @@ def compare(name: str, pair: tuple[nn.Module, nn.Module], batch: dict[str, Tenso
     ][2:]
     ours, theirs = (1e3 * statistics.median(column) for column in zip(*times, strict=True))
     ratio = statistics.median(first / second for first, second in times)
-    memory = [kept(step, batch) / 1e6 for step in steps]
+    memory = [kept(partial(lost, step, batch)) / 1e6 for step in steps]
     print(
         f"{name}: ours {ours:.0f} ms, theirs {theirs:.0f} ms, ratio {ratio:.2f} (target 1.00); "
         f"ours {memory[0]:.0f} MB, theirs {memory[1]:.0f} MB, ratio {memory[0] / memory[1]:.2f}",
