@@ -48,6 +48,7 @@ class Sample(TypedDict, total=False):
     """One image with its annotations, in the words of albumentations; a data set fills in what it provides."""
 
     image: NDArray[np.uint8]  # (H, W, 3) RGB
+    views: list[NDArray[np.uint8]]  # (h, w, 3) each: the image as learning without labels sees it
     label: int | NDArray[np.float32]  # class index, or (K,) zeros and ones where an image has many labels
     mask: NDArray[np.uint8]  # (H, W) 0 = background or the first class, 255 = ignore
     masks: NDArray[np.uint8]  # (N, H, W) one mask an object
@@ -61,5 +62,5 @@ class Sample(TypedDict, total=False):
     index: int  # position in the data set
 
 
-Batch = dict[str, Any]  # "image": uint8 (B, 3, H, W); "index", "label": (B,); per-object entries: lists of tensors
+Batch = dict[str, Any]  # "image": uint8 (B, 3, H, W); "index", "label": (B,); "views", per-object entries: lists
 Transform = Callable[..., dict[str, object]]  # an albumentations.Compose, called with a sample's entries

@@ -87,6 +87,54 @@ def test_images_without_classes_serve_pretraining(tmp_path: Path, below: str) ->
         data.select(frozenset({"label"}))
 
 
+def unlabelled(root: Path, **options: Any) -> ImageFolder:
+    """As a task has it that needs nothing and would take labels."""
+    data = folder(root, **options)
+    data.select(frozenset(), frozenset({"label"}))
+    data.setup()
+    return data
+
+
+def test_without_a_need_for_labels_any_images_below_the_folder_do(tmp_path: Path) -> None:
+    draw(tmp_path / "a.png", tmp_path / "2023" / "b.jpg", *(tmp_path / "2024" / "May" / f"{n}.PNG" for n in range(8)))
+    (tmp_path / "2024" / "notes.txt").write_text("a note")
+    data = unlabelled(tmp_path)
+    found = {name for split in ("train", "val", "test") for name in names(data, split)}
+    assert len(found) == sum(data.sizes().values()) == 10
+    assert data.sizes() == {"train": 5, "val": 2, "test": 3}
+    assert data.keys == frozenset()
+    assert data.classes == ()
+    data.select(frozenset({"label"}))
+    with pytest.raises(UsageError, match=r"a\.png lies beside class folders"):
+        data.setup()
+
+
+def test_class_folders_give_labels_to_those_who_want_them_and_the_same_splits(tmp_path: Path) -> None:
+    classes(tmp_path)
+    data = unlabelled(tmp_path)
+    assert data.classes == ("cat", "dog")
+    assert next(iter(data.train_dataloader()))["label"].shape == (2,)
+    nothing = folder(tmp_path)
+    nothing.select(frozenset())
+    for split in ("train", "val", "test"):
+        assert names(data, split) == names(folder(tmp_path), split) == names(nothing, split)
+
+
+def test_splits_that_disagree_about_classes_have_no_labels(tmp_path: Path) -> None:
+    classes(tmp_path / "train")
+    classes(tmp_path / "val", 3, names=("cat", "horse"))
+    data = unlabelled(tmp_path)
+    assert data.keys == frozenset()
+    assert data.sizes() == {"train": 14, "val": 6, "test": 6}
+
+
+def test_a_bad_image_among_unlabelled_ones_is_named(tmp_path: Path) -> None:
+    draw(*(tmp_path / f"{number}.png" for number in range(10)))
+    (tmp_path / "3.png").write_bytes(b"none")
+    with pytest.raises(UsageError, match=r"1 of \d+ \w+ files are bad: .*3.png is no image"):
+        read_all(unlabelled(tmp_path))
+
+
 def test_hidden_files_are_left_out_and_others_named(tmp_path: Path) -> None:
     classes(tmp_path)
     (tmp_path / "cat" / ".DS_Store").write_bytes(b"x")
@@ -128,8 +176,9 @@ def mistake(root: Path, kind: str) -> tuple[Path, str]:
         return root / "a", "is no folder"
     if kind == "only empty classes":
         (root / "cat").mkdir()
-    if kind in ("empty", "only empty classes"):
         return root, "holds no images: expected one folder"
+    if kind == "empty":
+        return root, r"holds no images: expected files that end in .*\.jpg.* data.root=FOLDER"
     if kind == "no train":
         classes(root / "val")
         return root, "but no train folder"

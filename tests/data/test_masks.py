@@ -327,8 +327,8 @@ def test_images_of_several_sizes_make_lists(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"1.png"):
         data.setup()
     data = made(tmp_path, batch_size=4, train_transform=scale_and_crop, image_size=[8, 12], max_bad_fraction=0.5)
-    batch = next(iter(data.val_dataloader()))
-    assert [len(entry[1]) > 0 for entry in batch["bad"]] == [True]
+    batch = data.on_before_batch_transfer(next(iter(data.val_dataloader())), 0)
+    assert [Path(name).name for name in data.bad_files] == ["1.png"]
     assert batch["index"].tolist() == [0, 2, 3]
     source = data.source("val")
     for position, image, mask in zip((0, 2, 3), batch["image"], batch["mask"], strict=True):

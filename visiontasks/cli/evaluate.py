@@ -35,7 +35,7 @@ def evaluate(composed: "DictConfig") -> None:
     quieten()
     task = load_task(Path(config["checkpoint"]["path"]), config["task"])
     data = build_data(config)
-    data.select(task.needs)
+    data.select(task.needs, task.wants)
     data.setup()
     check_classes(task.classes, data.target_classes)
     data.test_split = config["split"]

@@ -71,7 +71,7 @@ def train(composed: "DictConfig") -> float:
     quieten()
     seed_everything(config["seed"], workers=True, verbose=False)
     data = build_data(config)
-    data.select(_needs(config))
+    data.select(*_annotations(config))
     data.setup()
     if config["task"].get("class_weights") == "balanced":
         config["task"]["class_weights"] = data.class_weights()
@@ -91,11 +91,12 @@ def train(composed: "DictConfig") -> float:
     return finish(trainer, task, test=config["test"])
 
 
-def _needs(config: "Config") -> frozenset[str]:
+def _annotations(config: "Config") -> tuple[frozenset[str], frozenset[str]]:
+    """What the task needs, and what it takes where the data have it."""
     from hydra.utils import get_class
 
-    needs: frozenset[str] = get_class(config["task"]["_target_"]).required(get_class(config["head"]["_target_"]))
-    return needs
+    task: type[Task] = get_class(config["task"]["_target_"])
+    return task.required(get_class(config["head"]["_target_"])), task.wants
 
 
 def resume_from(resume: str | None, folder: Path) -> Path | None:

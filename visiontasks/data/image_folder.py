@@ -47,7 +47,7 @@ def find_images(given: str | Path) -> list[Path]:
     """
     path = Path(given)
     if path.is_dir():
-        files = [file for file in visible_files(path) if file.suffix.lower() in SUFFIXES]
+        files = [file for file in visible_files(path) if has_image_suffix(file)]
     else:
         files = [path] if path.is_file() else sorted(file for file in _matches(str(given)) if file.is_file())
     if not files:
@@ -60,8 +60,9 @@ class ImageFolder(DataModule):
 
     `root` holds the class folders, or folders train, val (valid, validation) and test with class folders in each. What
     has no folder of its own is cut from train: `val_fraction` and `test_fraction` of every class, by the seed;
-    `test_fraction=0` makes the validation images the test images as well. Without class folders the images have no
-    label, which is enough for pretraining.
+    `test_fraction=0` makes the validation images the test images as well.
+    For a task that needs no label, such as pretraining, any folder will do: the images are all below it, by their
+    suffixes, and have labels where they lie in class folders.
     Files are sorted by name; hidden ones are left out; whatever else lies in a class folder counts as an image, so that
     one that is none is named as bad. Mirrored images keep their meaning unless `mirror` is false.
     Raises UsageError where root is missing or has no images, or folders disagree about the classes.
@@ -86,8 +87,14 @@ class ImageFolder(DataModule):
         self.test_fraction = test_fraction
         self.mirror = mirror
         self._folders: dict[str, Path] | None = None
-        if self.root.is_dir() and not self.read_classes():
+        self._unlabelled = self.root.is_dir() and not self._class_names()
+        if self._unlabelled:
             self.provides = frozenset()
+
+    def select(self, needs: frozenset[str], wants: frozenset[str] = frozenset()) -> None:
+        """Keep only these annotations; labels that are not needed are left out where the folders are no classes."""
+        self._unlabelled = "label" not in needs and (not self._class_names() or self._disorder() is not None)
+        super().select(needs, wants - {"label"} if self._unlabelled else wants)
 
     def source(self, split: str) -> Source:
         """The images of the split's folder, or its share of those in the train folder."""
@@ -98,8 +105,8 @@ class ImageFolder(DataModule):
         return self._share(split)
 
     def read_classes(self) -> tuple[str, ...]:
-        """The names of the class folders, sorted; () where images lie in no class folder."""
-        return tuple(printable(folder.name) for folder in _class_folders(self.folders()["train"]))
+        """The names of the class folders, sorted; () where images have no labels."""
+        return () if self._unlabelled else self._class_names()
 
     def folders(self) -> dict[str, Path]:
         """The folder of each split that has one; "train" always does.
@@ -131,34 +138,40 @@ class ImageFolder(DataModule):
         )
         return Subset(whole, parts[split])
 
+    def _class_names(self) -> tuple[str, ...]:
+        return tuple(printable(folder.name) for folder in _subfolders(self.folders()["train"]))
+
     def _labelled(self, folder: Path) -> ImageFiles:
-        names = _class_folders(folder)
-        if tuple(printable(path.name) for path in names) != self.read_classes():
-            other = self.folders()["train"]
-            raise UsageError(f"{folder} and {other} have other class folders: give both the same, empty ones too")
-        if not names:
-            return ImageFiles(_some(visible_files(folder), folder))
-        loose = [file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file()]
-        if loose:
-            raise UsageError(f"{loose[0]} lies beside class folders and belongs to no class: move it into one of them")
-        pairs = [(file, label) for label, path in enumerate(names) for file in visible_files(path)]
+        if self._unlabelled:
+            images = [file for file in visible_files(folder) if has_image_suffix(file)]
+            return ImageFiles(_some(images, folder, _EXPECTED_ANY))
+        disorder = self._disorder()
+        if disorder is not None:
+            raise UsageError(disorder)
+        pairs = [(file, label) for label, path in enumerate(_subfolders(folder)) for file in visible_files(path)]
         return ImageFiles(_some([file for file, _ in pairs], folder), [label for _, label in pairs])
+
+    def _disorder(self) -> str | None:
+        """What keeps the folders from being classes, in a sentence."""
+        for folder in self.folders().values():
+            if tuple(printable(path.name) for path in _subfolders(folder)) != self._class_names():
+                other = self.folders()["train"]
+                return f"{folder} and {other} have other class folders: give both the same, empty ones too"
+            loose = [file for file in folder.iterdir() if has_image_suffix(file) and file.is_file()]
+            if loose:
+                return f"{loose[0]} lies beside class folders and belongs to no class: move it into one of them"
+        return None
 
 
 _EXPECTED = (
     "expected one folder of images per class (ROOT/cat/1.jpg, ROOT/dog/2.jpg), or the same in ROOT/train, ROOT/val and "
     "ROOT/test; type data.root=FOLDER"
 )
+_EXPECTED_ANY = f"expected files that end in {', '.join(sorted(SUFFIXES))} in it or below; type data.root=FOLDER"
 
 
 def _subfolders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def _class_folders(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise UsageError(f"{folder} is no folder: {_EXPECTED}")
-    return _subfolders(folder)
 
 
 def split_folders(root: Path) -> dict[str, Path]:
@@ -173,11 +186,16 @@ def visible_files(folder: Path) -> list[Path]:
     return sorted(path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
+def has_image_suffix(file: Path) -> bool:
+    """Whether a file's name ends as an image's does."""
+    return file.suffix.lower() in SUFFIXES
+
+
 def _matches(pattern: str) -> list[Path]:
     return [Path(found) for found in glob.glob(pattern, recursive=True)]  # noqa: PTH207, Path.glob takes no absolute one
 
 
-def _some(files: list[Path], place: Path) -> list[Path]:
+def _some(files: list[Path], place: Path, expected: str = _EXPECTED) -> list[Path]:
     if not files:
-        raise UsageError(f"{place.absolute()} holds no images: {_EXPECTED}")
+        raise UsageError(f"{place.absolute()} holds no images: {expected}")
     return files

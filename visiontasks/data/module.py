@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -20,8 +20,11 @@ from visiontasks.contracts import Batch, Sample, Transform, UsageError
 from visiontasks.data.images import BadFile
 from visiontasks.data.masks import MaskFiles, Survey, median_frequency, survey
 from visiontasks.data.sampling import EpochSampler, too_large_a_batch
-from visiontasks.data.source import Cached, CacheKind, Source
+from visiontasks.data.source import Cached, CacheKind, Source, Subset
 from visiontasks.layers.distributed import anywhere, collected, world_size
+
+if TYPE_CHECKING:
+    from visiontasks.data.views import MultiView
 
 TransformFactory = Callable[..., Transform]  # called with size= and mirror=, and boxes=True where samples have boxes
 Key = tuple[int, int]  # epoch, index
@@ -51,8 +54,11 @@ class DataModule(LightningDataModule):
     "bboxes" (N, 4) float32 xyxy pixels, "labels" (N,) int64, "masks" (N, H, W) uint8, and in evaluation "crowd" (N,)
     uint8 and "area" (N,) float64 where the data know them. Where images differ in size, as an evaluation transform may
     leave them, "image" and "mask" are lists too, of (3, H, W) and (H, W). Each sample's augmentation is a
-    function of (seed, epoch, index), its place in the order one of (seed, epoch). Files that cannot be read are the
-    entry "bad", a list of (split, name, reason), until on_before_batch_transfer takes it out.
+    function of (seed, epoch, index), its place in the order one of (seed, epoch). Where `train_transform` makes several
+    views (visiontasks.data.views), a batch has "views", a list of one uint8 (B, 3, h, w) a view: training batches have
+    them and "label" in the place of "image" and the other annotations, those of val and test beside everything else,
+    drawn alike in every epoch. Files that cannot be read are the entry "bad", a list of (split, name, reason), until
+    on_before_batch_transfer takes it out.
 
     `image_size` is the side of a square, or height and width. `train_transform` and `eval_transform` are factories,
     called with size= and mirror= (and boxes=True where samples have boxes); None means visiontasks.data.augment's
@@ -60,6 +66,7 @@ class DataModule(LightningDataModule):
     keeps decoded images in "ram" or on "disk" (see Cached): those of training shrunk to a short side of 8/7 of
     image_size, where they have no boxes and masks; the others as they are. `max_bad_fraction` is the share of a split's
     files that may be bad (left out, and named in `bad_files`) before training stops; with 0 the first one stops it.
+    `probe_images` is how many training images `probe_dataloader` shows at most.
     Several processes count their bad files together, and stop together: after each training batch, and for those of an
     evaluation before the next training batch or at the end.
     """
@@ -80,6 +87,7 @@ class DataModule(LightningDataModule):
         eval_transform: TransformFactory | None = None,
         cache: CacheKind | None = None,
         max_bad_fraction: float = 0.0,
+        probe_images: int = 5000,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -90,11 +98,13 @@ class DataModule(LightningDataModule):
         self.eval_transform = eval_transform
         self.cache = cache
         self.max_bad_fraction = max_bad_fraction
+        self.probe_images = probe_images
         self.seed = seed
         self.test_split = "test"
         self.bad_files: dict[str, str] = {}
         self._bad: dict[str, set[str]] = {split: set() for split in SPLITS}
         self._found: list[BadEntry] = []  # since the processes last told each other
+        self._needed: frozenset[str] = frozenset()
         self._selected: frozenset[str] | None = None
         self._sources: dict[str, Source] = {}
         self._caches: dict[tuple[str, bool], Source] = {}
@@ -118,24 +128,26 @@ class DataModule(LightningDataModule):
         """What the selected targets index: the classes, in a mask with a background after it."""
         return ("background", *self.classes) if self.background and "mask" in self.keys else self.classes
 
-    def select(self, needs: frozenset[str]) -> None:
+    def select(self, needs: frozenset[str], wants: frozenset[str] = frozenset()) -> None:
         """Keep only these annotations in the samples, so that no work goes into the others.
 
-        Raises UsageError where one of them is not provided, with the data sets that would do.
+        What a task `wants` is taken where it is provided, and else done without. Raises UsageError where one that it
+        `needs` is not provided, with the data sets that would do.
         """
         missing = needs - self.provides
         if missing:
             raise UsageError(self._mismatch(missing))
-        if needs != self.keys:
+        selected = needs | wants & self.provides
+        if selected != self.keys:
             self._sources.clear()
             self._caches.clear()
             self._surveys.clear()
-        self._selected = needs
+        self._needed, self._selected = needs, selected
 
     def setup(self, stage: str | None = None) -> None:  # noqa: ARG002, Lightning names the stage
         """Find the data and check them; needs no Trainer, and does nothing the second time.
 
-        Under a Trainer whose task has the attribute `needs`, `select` is called with it.
+        Under a Trainer whose task has the attribute `needs`, `select` is called with it, and with its `wants`.
         Where the data are mask files and "mask" is selected, every training and validation mask is looked at (the
         result is kept on disk, see `survey`), so that a wrong one is known before training.
         Raises UsageError where a split is empty, classes are missing, samples are not as promised, the batch size is
@@ -144,7 +156,7 @@ class DataModule(LightningDataModule):
         task = self.trainer.lightning_module if self.trainer else None
         needs = getattr(task, "needs", None)
         if needs is not None:
-            self.select(frozenset(needs))
+            self.select(frozenset(needs), frozenset(getattr(task, "wants", ())))
         if self._sources:
             return
         self._sources = {split: self.source(split) for split in SPLITS}
@@ -181,6 +193,18 @@ class DataModule(LightningDataModule):
         """Every image of `test_split` exactly once, in order, through the evaluation transform."""
         return self._loader(self.test_split, train=False)
 
+    def probe_dataloader(self) -> DataLoader[Any]:
+        """At most `probe_images` training images, drawn by the seed, once each through the evaluation transform.
+
+        The bank of a nearest-neighbour classifier, with the annotations that are selected, "index" counting from 0 in
+        the bank; each process sees its own part, as in evaluation. It may be gone through at any time: its bad files
+        are counted with the next training batch.
+        """
+        self.setup()
+        source = self._decoded("train", shrink=True)
+        drawn = np.random.default_rng([self.seed, len(source)]).permutation(len(source))[: self.probe_images]
+        return self._evaluation_loader(Subset(source, np.sort(drawn)), "train", views=False)
+
     def test_name(self, index: int) -> str:
         """What a person calls an image of the test loader."""
         return self._sources[self.test_split].name(index)
@@ -199,7 +223,7 @@ class DataModule(LightningDataModule):
         self._found += entries
         evaluating = self.trainer is not None and not self.trainer.training
         if world_size() == 1 or not evaluating:  # several evaluate uneven numbers of batches
-            self._judge(lost=entries if entries and "image" not in batch else [])
+            self._judge(lost=entries if entries and "index" not in batch else [])
         return batch
 
     def teardown(self, stage: str | None = None) -> None:  # noqa: ARG002, Lightning names the stage
@@ -262,13 +286,31 @@ class DataModule(LightningDataModule):
         extra: dict[str, Any] = {"boxes": True} if "bboxes" in keys else {}
         return factories[not train](size=self.image_size, mirror=self.mirror, **extra)
 
+    def _transforms(
+        self, *, train: bool, keys: frozenset[str], views: bool
+    ) -> tuple[Transform | None, MultiView | None]:
+        """What makes the pixels of samples, and, where they are to show the `views` of training, what makes those."""
+        trained: Any = self._transform(train=True, keys=keys) if train or views else None
+        multi_view: MultiView | None = trained if hasattr(trained, "views") else None
+        if not train:
+            return self._transform(train=False, keys=keys), multi_view
+        if multi_view is not None and self._needed:
+            raise UsageError(
+                f"The task needs {_listed(self._needed)}, and augment.train makes several views without it: type "
+                "another augment=, such as augment=crop_and_colour"
+            )
+        return (None, multi_view) if multi_view is not None else (trained, None)
+
     def _loader(self, split: str, *, train: bool) -> DataLoader[Any]:
         self.setup()
         source = self._decoded(split, shrink=train)
         if train:
             return self._loader_of(source, split, train=True, keys=self.keys)
+        return self._evaluation_loader(source, split, views=not self._needed)
+
+    def _evaluation_loader(self, source: Source, split: str, *, views: bool) -> DataLoader[Any]:
         kind = partial(_EvaluationLoader, found=self._found)
-        return self._loader_of(source, split, train=False, keys=self.keys, kind=kind)
+        return self._loader_of(source, split, train=False, keys=self.keys, views=views, kind=kind)
 
     def _decoded(self, split: str, *, shrink: bool) -> Source:
         if self.cache is None:
@@ -286,9 +328,11 @@ class DataModule(LightningDataModule):
         *,
         train: bool,
         keys: frozenset[str],
+        views: bool = False,
         kind: Callable[..., DataLoader[Any]] = DataLoader,
     ) -> DataLoader[Any]:
-        data = Views(source, self._transform(train=train, keys=keys), split=split, keys=keys, seed=self.seed)
+        transform, multi_view = self._transforms(train=train, keys=keys, views=views)
+        data = Views(source, transform, split=split, keys=keys, seed=self.seed, multi_view=multi_view)
         world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         workers = default_workers() if self.num_workers is None else self.num_workers
         sampler = EpochSampler(
@@ -349,29 +393,39 @@ class DataModule(LightningDataModule):
 
 
 class Views(Dataset[Sample | BadEntry]):
-    """A source's samples, each transformed by a draw that belongs to (seed, epoch, index); keys are (epoch, index)."""
+    """A source's samples, each transformed by a draw that belongs to (seed, epoch, index); keys are (epoch, index).
+
+    With `multi_view` samples have the entry "views" beside what `transform` makes; without `transform` they have no
+    other pixels, and of the annotations the label.
+    """
 
     def __init__(
-        self, source: Source, transform: Transform, *, split: str, keys: frozenset[str], seed: int = 0
+        self,
+        source: Source,
+        transform: Transform | None,
+        *,
+        split: str,
+        keys: frozenset[str],
+        seed: int = 0,
+        multi_view: MultiView | None = None,
     ) -> None:
         self.source = source
         self.transform = transform
         self.split = split
         self.keys = keys | {"image"} | (_WITH_BOXES if "bboxes" in keys else frozenset())
         self.seed = seed
+        self.multi_view = multi_view
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, key: Key | int) -> Sample | BadEntry:
-        from visiontasks.data.randomness import draw
-
         epoch, index = key if isinstance(key, tuple) else (0, key)
         try:
             given = self.given(index)
             if getattr(self.transform, "mixes", False):
                 given["others"] = _Others(self)
-            sample = draw(cast(Any, self.transform), given, seed=self.seed, epoch=epoch, index=index)
+            sample = self._drawn(given, epoch=epoch, index=index)
         except BadFile as error:
             return self.split, error.path, error.reason
         sample["index"] = index
@@ -380,6 +434,19 @@ class Views(Dataset[Sample | BadEntry]):
     def given(self, index: int) -> Sample:
         """The sample as its source has it, with the annotations that are wanted."""
         return cast(Sample, {name: value for name, value in self.source[index].items() if name in self.keys})
+
+    def _drawn(self, given: Sample, *, epoch: int, index: int) -> Sample:
+        from visiontasks.data.randomness import draw
+
+        numbers = {"seed": self.seed, "epoch": epoch, "index": index}
+        if self.transform is not None:
+            sample = draw(cast(Any, self.transform), given, **numbers)
+        else:
+            sample = Sample(label=given["label"]) if "label" in given else Sample()
+        if self.multi_view is not None:
+            first = SPLITS.index(self.split) << 32  # so that no split repeats another's draws
+            sample["views"] = self.multi_view.views(given["image"], **numbers, first=first)
+        return sample
 
 
 class _Others(Sequence[Sample]):
@@ -396,7 +463,7 @@ class _Others(Sequence[Sample]):
 
 
 class _EvaluationLoader(DataLoader[Any]):
-    """Hands on no batch of bad files alone: they are put to those `found`."""
+    """Hands on no bad files, nor a batch of them alone: they are put to those `found`."""
 
     def __init__(self, data: Dataset[Any], *, found: list[BadEntry], **options: Any) -> None:
         super().__init__(data, **options)
@@ -404,10 +471,9 @@ class _EvaluationLoader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         for batch in super().__iter__():
+            self.found += batch.pop("bad", [])
             if "image" in batch:
                 yield batch
-            else:
-                self.found += batch["bad"]
 
 
 def collate(items: list[Sample | BadEntry]) -> Batch:
@@ -442,11 +508,18 @@ def _keys(samples: list[Any]) -> tuple[str, ...]:
 def _collated(key: str, values: list[Any]) -> Tensor | list[Tensor]:
     if key in _PER_OBJECT:
         return [torch.from_numpy(np.ascontiguousarray(value, _DTYPES[key])) for value in values]
+    if key == "views":
+        return [_channels_first(np.stack(same)) for same in zip(*values, strict=True)]
     arrays = [np.asarray(value) for value in values]
     if key in _PIXELS and len({array.shape for array in arrays}) > 1:
         return [_listed_pixels(array) for array in arrays]
-    stacked = torch.from_numpy(np.stack(arrays))
-    return stacked.permute(0, 3, 1, 2) if key == "image" else stacked  # (B, 3, H, W)
+    stacked = np.stack(arrays)
+    return _channels_first(stacked) if key == "image" else torch.from_numpy(stacked)
+
+
+def _channels_first(pixels: NDArray[np.uint8]) -> Tensor:
+    """Images (B, H, W, 3) as (B, 3, H, W) on the same memory."""
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
 def _listed_pixels(array: NDArray[np.uint8]) -> Tensor:

@@ -107,14 +107,15 @@ class ObjectData(DataModule):
         """All that the files state, unchecked; without outlines unless "masks" is in `keys`."""
         raise NotImplementedError(f"{type(self).__name__} does not read annotations: define read_annotations()")
 
-    def select(self, needs: frozenset[str]) -> None:
+    def select(self, needs: frozenset[str], wants: frozenset[str] = frozenset()) -> None:
         """Keep only these annotations; masks are looked for when they are asked for."""
-        if ("masks" in needs) != ("masks" in self.keys):
+        before = "masks" in self.keys
+        super().select(needs, wants)
+        if before != ("masks" in self.keys):
             self._objects = {}
-        super().select(needs)
-        if "masks" in needs:
+        if "masks" in self.keys:
             self.objects()
-            super().select(needs)
+            super().select(needs, wants)
 
     def source(self, split: str) -> Source:
         """The published split, or its share of the training images."""
