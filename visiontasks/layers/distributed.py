@@ -1,5 +1,8 @@
-"""Sums and lists over processes, which are the identity where there is one process."""
+"""Sums and rows over processes, which are the identity where there is one process."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -9,10 +12,27 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+_ALONE: ContextVar[bool] = ContextVar("alone", default=False)
+
 
 def world_size() -> int:
     """The number of processes that train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if _together() else 1
+
+
+def rank() -> int:
+    """The number of this process among those that train together, from 0 on."""
+    return dist.get_rank() if _together() else 0
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within it this process counts as the only one, as evaluation needs, where processes have unequal batches."""
+    token = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(token)
 
 
 def anywhere(here: bool) -> bool:
@@ -54,3 +74,40 @@ def mean_over_processes(total: Tensor, count: Tensor) -> Tensor:
     """
     count = sum_over_processes(count)
     return total * world_size() / torch.where(count > 0, count, 1)
+
+
+def gather(rows: Tensor) -> Tensor:
+    """The rows of all processes in the order of ranks, for a loss that all processes then compute alike.
+
+    Its gradient is that of this process's rows times the number of processes, so that DDP's average over processes is
+    the gradient of the whole batch; the backward pass exchanges nothing.
+    Shapes: rows (B, ...), equally many on each process, as in training; returns (B * processes, ...).
+    """
+    return rows if world_size() == 1 else _Gather.apply(rows)
+
+
+def gather_pair(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Two tensors of one shape, each as `gather` gives it, in one exchange."""
+    if world_size() == 1:
+        return first, second
+    pairs = gather(torch.stack((first, second), dim=1))  # (B * processes, 2, ...)
+    return pairs[:, 0], pairs[:, 1]
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.own = slice(rank() * len(rows), (rank() + 1) * len(rows))
+        ctx.processes = world_size()
+        everything = rows.new_empty(ctx.processes * len(rows), *rows.shape[1:])
+        dist.all_gather_into_tensor(everything, rows.contiguous())
+        return everything
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        processes: int = ctx.processes
+        return gradient[ctx.own] * processes
+
+
+def _together() -> bool:
+    return dist.is_available() and dist.is_initialized() and not _ALONE.get()
