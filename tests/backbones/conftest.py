@@ -1,14 +1,6 @@
-"""One thread: on images this small the threads of several test runs only wait for each other."""
-
-from collections.abc import Iterator
-
 import pytest
-import torch
 
 
-@pytest.fixture(autouse=True, scope="package")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture(autouse=True)
+def quiet(one_thread: None) -> None:
+    """On images this small the threads of several test runs only wait for each other."""

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -37,19 +36,6 @@ SIDE = 128
 Objects = dict[str, Tensor]
 ALL: dict[str, Any] = {"rpn_batch_size_per_image": 10**6, "box_batch_size_per_image": 10**6}
 UNTOUCHED: dict[str, Any] = {"min_size": SIDE, "max_size": SIDE, "image_mean": [0.0] * 3, "image_std": [1.0] * 3}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
 
 
 def make(name: str, levels: tuple[Level, ...] = LEVELS, num_classes: int = 3, **options: Any) -> Any:

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -58,19 +57,6 @@ STRIDES = {  # of unet, of fpn and segformer, of deeplabv3plus, of lraspp, of th
 USUAL = (4, 4, 4, 8, 32)
 COLUMN = {"segmentation": 0, "unet": 0, "fpn": 1, "segformer_mlp": 1, "deeplabv3plus": 2, "lraspp": 3}
 LEVELS = (Level(6, 4), Level(8, 8), Level(10, 16), Level(12, 32))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
 
 
 def make(head: str, levels: tuple[Level, ...], num_classes: int = 3) -> Any:
