@@ -1,5 +1,6 @@
 """Batch norm over the batches of all processes, on any device: torch's own SyncBatchNorm refuses the CPU."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,7 +40,8 @@ class ProcessBatchNorm(_BatchNorm):
             self._follow(mean, variance * (count / (count - 1)))
         weight = torch.ones_like(mean) if self.weight is None else self.weight.to(mean.dtype)
         bias = torch.zeros_like(mean) if self.bias is None else self.bias.to(mean.dtype)
-        return _Normalise.apply(x, weight, bias, mean, variance, count, self.eps)  # type: ignore[no-any-return]
+        apply: Callable[..., Tensor] = _Normalise.apply
+        return apply(x, weight, bias, mean, variance, count, self.eps)
 
     def _follow(self, mean: Tensor, variance: Tensor) -> None:
         """Moves the running statistics as torch does."""

@@ -1,6 +1,6 @@
 """Sums and rows over processes, which are the identity where there is one process."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
@@ -83,7 +83,8 @@ def gather(rows: Tensor) -> Tensor:
     the gradient of the whole batch; the backward pass exchanges nothing.
     Shapes: rows (B, ...), equally many on each process, as in training; returns (B * processes, ...).
     """
-    return rows if world_size() == 1 else _Gather.apply(rows)
+    apply: Callable[..., Tensor] = _Gather.apply
+    return rows if world_size() == 1 else apply(rows)
 
 
 def gather_pair(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ All compute in float32 or better, whatever autocast says, and return a mean whos
 that of the whole batch. Embeddings of any length are scaled to 1. Every process holds equally many rows.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ def nt_xent(first: Tensor, second: Tensor, *, temperature: float = 0.1) -> Tenso
     a scalar, the same on each process. Raises UsageError where the temperature is not more than 0.
     """
     views = unit(torch.cat(gather_pair(first, second)))  # (2N, D)
-    return _NTXent.apply(views, sharpen(views.detach(), temperature))  # type: ignore[no-any-return]
+    apply: Callable[..., Tensor] = _NTXent.apply
+    return apply(views, sharpen(views.detach(), temperature))
 
 
 class _NTXent(torch.autograd.Function):
