@@ -198,18 +198,19 @@ def report_segmentation(paths: list[Path], rounds: int) -> None:
         print(f"ours / {name:48} {ratio(measured['ours'], measured[name]):6.2f}{wanted}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def run(description: str | None, measure: Callable[[list[Path], int], None], *, rounds: int) -> None:
+    """Read the command line, and measure with the files that it names, in one thread."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, help="JPEG files, searched with its subfolders")
     parser.add_argument("--images", type=int, default=48)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=rounds)
     options = parser.parse_args()
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         found = sorted(options.folder.rglob("*.jpg")) if options.folder else written(Path(temporary), options.images)
-        report(list(found)[: options.images], options.rounds)
+        measure(list(found)[: options.images], options.rounds)
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, report, rounds=9)

@@ -9,17 +9,14 @@ taken within a round. Without a folder the files are those of benchmarks/loading
 itself does not: pip install lightly
 """
 
-import argparse
 import statistics
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import cv2
 import torch
 from lightly.transforms import SimCLRTransform
-from loading import Pipeline, rates, ratio, written
+from loading import Pipeline, rates, ratio, run
 from PIL import Image
 from torch.utils.data import default_collate
 from torchvision.transforms import v2
@@ -89,18 +86,5 @@ def report(paths: list[Path], rounds: int) -> None:
         print(f"{mine} / {other:35} {ratio(measured[mine], measured[other]):6.2f}  (wanted: {WANTED})")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path, help="JPEG files, searched with its subfolders")
-    parser.add_argument("--images", type=int, default=48)
-    parser.add_argument("--rounds", type=int, default=7)
-    options = parser.parse_args()
-    cv2.setNumThreads(0)
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as temporary:
-        found = sorted(options.folder.rglob("*.jpg")) if options.folder else written(Path(temporary), options.images)
-        report(list(found)[: options.images], options.rounds)
-
-
 if __name__ == "__main__":
-    main()
+    run(__doc__, report, rounds=7)

@@ -14,9 +14,8 @@ from hydra.utils import instantiate
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
+from tests.data.test_module import Noise, NoiseData
 from visiontasks.contracts import Sample, UsageError
-from visiontasks.data.images import BadFile
-from visiontasks.data.module import DataModule
 from visiontasks.data.source import Source
 from visiontasks.data.views import Blur, MultiView, multi_crop, one_view, two_views, view
 
@@ -30,39 +29,25 @@ PHOTOGRAPH = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uin
 STILL: dict[str, Any] = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "jitter": 0.0, "grey": 0.0, "blur": 0.0}
 
 
-class Photographs:
-    """One and the same image, so that equal views can only come from equal draws; positions in `bad` give none."""
-
-    def __init__(self, size: int, *, bad: frozenset[int] = frozenset()) -> None:
-        self.size = size
-        self.bad = bad
-
-    def __len__(self) -> int:
-        return self.size
-
-    def name(self, index: int) -> str:
-        return f"photograph/{index}"
+class Photographs(Noise):
+    """One and the same image, so that equal views can only come from equal draws."""
 
     def __getitem__(self, index: int) -> Sample:
-        if index in self.bad:
-            raise BadFile(self.name(index), "is bad")
-        return Sample(image=PHOTOGRAPH, label=index % 3, mask=np.full((40, 50), index % 3, np.uint8))
+        sample = super().__getitem__(index)
+        return sample | {"image": PHOTOGRAPH, "label": index % 3, "mask": np.full((40, 50), index % 3, np.uint8)}
 
 
-class Album(DataModule):
+class Album(NoiseData):
     """12 images to train on, 5 and 7 to evaluate."""
 
     provides = frozenset({"label", "mask"})
 
-    def __init__(self, *, bad: frozenset[int] = frozenset(), **options: Any) -> None:
+    def __init__(self, **options: Any) -> None:
         made = partial(two_views, first={"scale": (0.2, 1.0)})
-        super().__init__(
-            **{"image_size": 16, "batch_size": 4, "train_transform": made, "max_bad_fraction": 0.5, **options}
-        )
-        self.bad = bad
+        super().__init__(**({"train_size": 12, "train_transform": made, "max_bad_fraction": 0.5} | options))
 
     def source(self, split: str) -> Source:
-        return Photographs({"train": 12, "val": 5, "test": 7}[split], bad=self.bad)
+        return Photographs(len(super().source(split)), bad=self.bad)
 
     def read_classes(self) -> tuple[str, ...]:
         return ("a", "b", "c")
@@ -161,7 +146,7 @@ def test_bad_files_leave_a_batch_of_views() -> None:
     data = album(bad=frozenset({1, 2}), batch_size=12)
     batch = data.on_before_batch_transfer(next(iter(data.train_dataloader())), 0)
     assert len(batch["index"]) == len(batch["views"][0]) == len(batch["views"][1]) == 10
-    assert sorted(data.bad_files) == ["photograph/1", "photograph/2"]
+    assert sorted(data.bad_files) == ["noise/1", "noise/2"]
 
 
 def numbers(batches: list[Any], key: str) -> list[int]:
@@ -189,7 +174,7 @@ def test_bad_files_of_the_probe_are_counted_with_the_next_training_batch() -> No
     assert numbers(list(data.probe_dataloader()), "index") == [0, *range(3, 12)]
     assert not data.bad_files
     data.on_before_batch_transfer({"index": 0}, 0)
-    assert sorted(data.bad_files) == ["photograph/1", "photograph/2"]
+    assert sorted(data.bad_files) == ["noise/1", "noise/2"]
 
 
 def test_the_probe_is_shared_out_among_processes() -> None:
