@@ -26,6 +26,7 @@ python train.py [group=choice ...] [key=value ...]
   python train.py backbone=mobilenet_v2 data=cifar10 optimizer=sgd trainer.max_epochs=20
   python train.py task=segmentation backbone=resnet50
   python train.py data=image_folder data.root=photos backbone.weights=imagenet
+  python train.py init_from=runs/... transfer=gradual          starts the backbone from another run
   python train.py resume=runs/classification/...               goes on with a run
   python train.py -m backbone=resnet18,resnet34                one run for each
   python train.py --cfg job                                    prints the composed config, every key
@@ -65,6 +66,10 @@ def train(composed: "DictConfig") -> float:
         start_backbone,
     )
 
+    if composed.transfer_study:
+        from visiontasks.cli.study import study
+
+        return study(composed)
     hydra = HydraConfig.get()
     config, folder = plain(composed), Path(hydra.runtime.output_dir)
     checkpoint = resume_from(config["resume"], folder)

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import visiontasks.data as exported
 from visiontasks.contracts import Batch, Sample, Transform, UsageError
+from visiontasks.data.fraction import share_of
 from visiontasks.data.images import BadFile
 from visiontasks.data.masks import MaskFiles, Survey, median_frequency, survey
 from visiontasks.data.sampling import EpochSampler, too_large_a_batch
@@ -66,6 +67,7 @@ class DataModule(LightningDataModule):
     keeps decoded images in "ram" or on "disk" (see Cached): those of training shrunk to a short side of 8/7 of
     image_size, where they have no boxes and masks; the others as they are. `max_bad_fraction` is the share of a split's
     files that may be bad (left out, and named in `bad_files`) before training stops; with 0 the first one stops it.
+    `fraction` is the share of the training images to learn from, see visiontasks.data.fraction.
     `probe_images` is how many training images `probe_dataloader` shows at most.
     Several processes count their bad files together, and stop together: after each training batch, and for those of an
     evaluation before the next training batch or at the end.
@@ -87,6 +89,7 @@ class DataModule(LightningDataModule):
         eval_transform: TransformFactory | None = None,
         cache: CacheKind | None = None,
         max_bad_fraction: float = 0.0,
+        fraction: float = 1.0,
         probe_images: int = 5000,
         seed: int = 0,
     ) -> None:
@@ -98,6 +101,7 @@ class DataModule(LightningDataModule):
         self.eval_transform = eval_transform
         self.cache = cache
         self.max_bad_fraction = max_bad_fraction
+        self.fraction = fraction
         self.probe_images = probe_images
         self.seed = seed
         self.test_split = "test"
@@ -160,6 +164,8 @@ class DataModule(LightningDataModule):
         if self._sources:
             return
         self._sources = {split: self.source(split) for split in SPLITS}
+        whole, labelled = self._sources["train"], "label" in self.keys
+        self._sources["train"] = share_of(whole, self.fraction, seed=self.seed, labelled=labelled)
         self.classes = self.read_classes()
         self._check()
 
