@@ -2,8 +2,6 @@
 
 import os
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -36,6 +34,7 @@ LOSSES: dict[str, Callable[[Tensor], Tensor]] = {  # of views (4, B, D)
     "swav with a queue": lambda v: swav(v / 10, past=NEGATIVES.expand(2, 9, D)),
     "dino": lambda v: dino(v / 10, v[:2].flip(0) / 10, v.new_ones(D)),
 }
+Errors = list[dict[object, float]]  # of each process
 CASES = [(torch.float32, 4, 1e-6), (torch.float64, 4, 1e-10), (torch.float64, 1, 1e-10)]  # images on each process
 NORMS: dict[str, Callable[[], nn.Module]] = {
     "plain": lambda: nn.BatchNorm2d(3),
@@ -137,44 +136,33 @@ def measure(process: int, processes: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def errors(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[object, float]]]:
-    """What every process of a group of so many measured."""
-
-    @cache
-    def of(processes: int) -> list[dict[object, float]]:
-        folder: Path = tmp_path_factory.mktemp("processes")
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # a forked process must not wait for threads that it has not
-        mp.start_processes(measure, args=(processes, str(folder)), nprocs=processes, start_method="fork")
-        torch.set_num_threads(threads)
-        return [torch.load(folder / f"{process}.pt", weights_only=False) for process in range(processes)]
-
-    return of
+@pytest.fixture(scope="module", params=[2, 3])
+def errors(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Errors:
+    """What every one of so many processes measured."""
+    processes, folder = request.param, tmp_path_factory.mktemp("processes")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a forked process must not wait for threads that it has not
+    mp.start_processes(measure, args=(processes, str(folder)), nprocs=processes, start_method="fork")
+    torch.set_num_threads(threads)
+    return [torch.load(folder / f"{process}.pt", weights_only=False) for process in range(processes)]
 
 
-Errors = Callable[[int], list[dict[object, float]]]
-
-
-@pytest.mark.parametrize("processes", [2, 3])
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize(("dtype", "each", "tolerance"), CASES)
 def test_the_gradient_is_that_of_the_whole_batch(
-    processes: int, name: str, dtype: torch.dtype, each: int, tolerance: float, errors: Errors
+    name: str, dtype: torch.dtype, each: int, tolerance: float, errors: Errors
 ) -> None:
-    assert max(found[dtype, each, name] for found in errors(processes)) < tolerance
+    assert max(found[dtype, each, name] for found in errors) < tolerance
 
 
-@pytest.mark.parametrize("processes", [2, 3])
 @pytest.mark.parametrize("name", NORMS)
-def test_batch_norm_is_that_of_the_whole_batch(processes: int, name: str, errors: Errors) -> None:
-    assert max(found["norm", name] for found in errors(processes)) < 1e-15
+def test_batch_norm_is_that_of_the_whole_batch(name: str, errors: Errors) -> None:
+    assert max(found["norm", name] for found in errors) < 1e-15
 
 
-@pytest.mark.parametrize("processes", [2, 3])
 @pytest.mark.parametrize("name", ["queue", "centre", "feature_std", "effective_rank", "alignment", "uniformity"])
-def test_every_process_keeps_and_sees_what_one_would(processes: int, name: str, errors: Errors) -> None:
-    assert max(found["state", name] for found in errors(processes)) < 1e-6
+def test_every_process_keeps_and_sees_what_one_would(name: str, errors: Errors) -> None:
+    assert max(found["state", name] for found in errors) < 1e-6
 
 
 def test_norms_are_put_in_place_and_back() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from lightning.pytorch.plugins.layer_sync import LayerSync
+from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -57,8 +57,11 @@ class ProcessBatchNorm(_BatchNorm):
         """Takes any number of dimensions."""
 
 
-class ProcessBatchNorms(LayerSync):
-    """What Lightning calls before and after a run to make every batch norm of a model one over all processes."""
+class ProcessBatchNorms(TorchSyncBatchNorm):
+    """What Lightning takes in `plugins` beside `sync_batchnorm=True`, to make each batch norm one over all processes.
+
+    Lightning calls `apply` before a run of several processes, and `revert` after it.
+    """
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Puts a `ProcessBatchNorm` in the place of each batch norm below the model; the state dict stays as it is."""
