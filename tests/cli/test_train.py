@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from tests.cli.conftest import TINY
+from visiontasks.callbacks import pictures
 from visiontasks.cli.build import load_task
 from visiontasks.cli.command_line import CONF, quoted
 
@@ -192,8 +193,10 @@ def test_predict_writes_lines_and_pictures(finished_run: Path, call: Callable[..
 
 
 def test_bad_files_are_named_and_allowed_up_to_a_share(
-    call: Callable[..., None], capsys: pytest.CaptureFixture[str], tmp_path: Path
+    call: Callable[..., None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    drawn: dict[str, list[tuple[int, float]]] = {}
+    monkeypatch.setattr(pictures, "draw_curves", lambda columns, *_: drawn.update(columns))
     for split, count in (("train", 12), ("val", 4), ("test", 4)):
         for index in range(count):
             file = tmp_path / "photos" / split / "ab"[index % 2] / f"{index}.png"
@@ -205,10 +208,25 @@ def test_bad_files_are_named_and_allowed_up_to_a_share(
     with pytest.raises(SystemExit):
         call("train", *options, f"hydra.run.dir={tmp_path / 'strict'}")
     assert "3.png" in capsys.readouterr().err
-    call("train", *options, "data.max_bad_fraction=0.1", f"hydra.run.dir={tmp_path / 'lenient'}")
-    assert "bad file   " in capsys.readouterr().out
-    summary = json.loads((tmp_path / "lenient" / "summary.json").read_text())
+    lenient = tmp_path / "lenient"
+    call("train", *options, "data.max_bad_fraction=0.1", f"hydra.run.dir={lenient}")
+    said = capsys.readouterr().out
+    assert said.count("bad file   ") == 1
+    assert "test/ is of the weights with the best val/accuracy" in said
+    summary = json.loads((lenient / "summary.json").read_text())
     assert [Path(name).name for name in summary["bad_files"]] == ["3.png"]
+    assert len(drawn["train/loss"]) == summary["epochs"] == 1
+
+    (tmp_path / "photos" / "test" / "b" / "1.png").write_bytes(b"")
+    call(
+        "evaluate", f"run={lenient}", "trainer=cpu", "data.max_bad_fraction=0.5", f"hydra.run.dir={tmp_path / 'again'}"
+    )
+    said = capsys.readouterr().out
+    assert "data       ImageFolder: 4 test" in said
+    assert said.count("bad file   ") == 1
+    summary = json.loads((tmp_path / "again" / "summary.json").read_text())
+    assert [Path(name).name for name in summary["bad_files"]] == ["1.png"]
+    assert "steps" not in summary
 
 
 def test_the_readmes_library_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

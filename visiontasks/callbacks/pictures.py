@@ -129,6 +129,8 @@ class LearningCurves(Callback):
     """Draws curves.png from metrics.csv: the losses, the monitored figure and the learning rate."""
 
     def on_fit_end(self, trainer: Trainer, module: Any) -> None:
+        for logger in trainer.loggers:
+            logger.save()  # else the last epoch's training figures are still to come
         file = Path(trainer.default_root_dir) / "metrics.csv"
         if trainer.is_global_zero and file.is_file():
             draw_curves(read_columns(file), module.monitor, file.with_name("curves.png"))
@@ -154,7 +156,7 @@ def draw_sheet(module: Any, tiles: list[Tile], path: Path, *, columns: int = 8, 
     for axes, tile in zip(figure.subplots(rows, columns, squeeze=False).flat, tiles, strict=False):
         module.draw(axes, tile.image, tile.prediction, tile.truth)
         if named:
-            axes.set_xlabel(Path(tile.name).name[-24:], fontsize=7)
+            axes.set_xlabel(_ending(Path(tile.name).name), fontsize=7)
     for axes in figure.axes:
         axes.set(xticks=[], yticks=[], frame_on=axes.has_data())
         axes.title.set_fontsize(9)
@@ -172,7 +174,11 @@ def draw_one(module: Any, tile: Tile, path: Path) -> None:
     module.draw(axes, tile.image, tile.prediction, tile.truth)
     axes.set(xticks=[], yticks=[], frame_on=False)
     _explain(figure, module.legend())
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100, bbox_inches="tight")
+
+
+def _ending(name: str, longest: int = 24) -> str:
+    return name if len(name) <= longest else f"…{name[1 - longest :]}"
 
 
 def _explain(figure: Figure, colours: dict[str, tuple[float, ...]]) -> None:

@@ -56,7 +56,13 @@ class Report(Callback):
         self._resumed_at = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:  # noqa: ARG002
-        """Names the files that turned out bad since the last epoch."""
+        self._name_bad_files(trainer)
+
+    def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:  # noqa: ARG002
+        self._name_bad_files(trainer)
+
+    def _name_bad_files(self, trainer: Trainer) -> None:
+        """Names the files that turned out bad since the last time."""
         bad = bad_files(trainer)
         for name in sorted(bad.keys() - self._named):
             if trainer.is_global_zero:
@@ -68,11 +74,8 @@ class Report(Callback):
         return metrics | {
             **per_class(module),
             "parameters": sum(parameter.numel() for parameter in module.parameters()),
-            "epochs": trainer.current_epoch,
-            "steps": trainer.global_step,
             "seconds": round(time.perf_counter() - self.started, 1),
-            "first_step_at": self.first_step,
-            "images_per_second": round(self.images * world_size() / max(self.training_seconds, 1e-9), 1),
+            **(self._training(trainer) if trainer.global_step else {}),
             "peak_memory_gb": peak_memory(),
             "device": device_name(trainer),
             "precision": str(trainer.precision),
@@ -80,6 +83,14 @@ class Report(Callback):
             "bad_files": bad_files(trainer),
             "repaired": repaired(trainer),
             "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        }
+
+    def _training(self, trainer: Trainer) -> dict[str, Any]:
+        return {
+            "epochs": trainer.current_epoch,
+            "steps": trainer.global_step,
+            "first_step_at": self.first_step,
+            "images_per_second": round(self.images * world_size() / max(self.training_seconds, 1e-9), 1),
         }
 
 

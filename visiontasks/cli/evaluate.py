@@ -40,6 +40,9 @@ def evaluate(composed: "DictConfig") -> None:
     check_classes(task.classes, data.target_classes)
     data.test_split = config["split"]
     trainer = build_trainer(config, folder=folder)
+    if trainer.is_global_zero:
+        print(f"run        {config['checkpoint']['path']}")
+        print(f"data       {type(data).__name__}: {data.sizes()[config['split']]:,} {config['split']}", flush=True)
     (measured,) = trainer.test(task, datamodule=data, verbose=False)
     metrics = {name.replace("test/", f"{config['split']}/"): value for name, value in measured.items()}
     if trainer.is_global_zero:

@@ -169,7 +169,9 @@ def finish(trainer: "Trainer", task: "Task", *, test: bool) -> float:
     if trainer.is_global_zero:
         folder = Path(trainer.default_root_dir)
         write_summary(folder, summary | {f"best/{task.monitor}": score})
-        print(f"\n{table(metrics)}\n\nrun folder: {folder}")
+        best_is_tested = test and best is not None
+        chosen = [f"test/ is of the weights with the best {task.monitor}, {score:.4f}"] if best_is_tested else []
+        print("\n".join(["", table(metrics), "", *chosen, f"run folder: {folder}"]))
     return score
 
 
