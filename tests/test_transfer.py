@@ -1,5 +1,6 @@
 """A backbone goes on from another run: what arrives, which stages stay, learn, when and how fast."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,7 @@ import pytest
 import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor
-from torch.optim import AdamW
+from torch.optim import SGD, AdamW, Optimizer
 
 from visiontasks.backbones import CifarResNet, TimmBackbone, TorchvisionBackbone
 from visiontasks.callbacks.unfreezing import Unfreezing
@@ -17,7 +17,7 @@ from visiontasks.contracts import Backbone, UsageError
 from visiontasks.data import DigitScenes
 from visiontasks.layers.freezing import cut_stages, stage_parameters
 from visiontasks.tasks import Classification
-from visiontasks.tasks.optimisation import at_rates, parameter_groups
+from visiontasks.tasks.optimisation import Pace, at_rates, parameter_groups
 from visiontasks.transfer import Auto, Transfer, freeze_for_good, init_backbone
 
 
@@ -151,8 +151,8 @@ def test_what_is_said_of_similarity_wins_over_the_rule() -> None:
 
 def test_groups_learn_at_their_stages_rates() -> None:
     backbone = CifarResNet(depth=8)
-    rates = {n: s.rate for s in Transfer(decay=0.5).stages(backbone, epochs=1) for n in s.parameters}
-    optimizer = at_rates(AdamW(parameter_groups(backbone, rates), lr=0.8, weight_decay=0.1))
+    pace = {n: Pace(0, s.rate) for s in Transfer(decay=0.5).stages(backbone, epochs=1) for n in s.parameters}
+    optimizer = at_rates(AdamW(parameter_groups(backbone, pace), lr=0.8, weight_decay=0.1))
     found = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
     for name, parameter in backbone.named_parameters():
         stage = next(index for index, names in enumerate(stage_parameters(backbone)) if name in names)
@@ -175,18 +175,28 @@ class Watch(Callback):
             raise InterruptedError
 
 
+OPTIMISERS: dict[str, Callable[..., Optimizer]] = {
+    "adamw": partial(AdamW, lr=0.01, weight_decay=0.1, fused=True),
+    "sgd": partial(SGD, lr=0.1, momentum=0.9, nesterov=True, fused=True),
+}
+
+
 def fit(
-    transfer: Transfer, folder: Path, *, epochs: int, watch: Watch, resume: Path | None = None, decay: float = 0.1
+    transfer: Transfer,
+    folder: Path,
+    *,
+    epochs: int,
+    watch: Watch,
+    resume: Path | None = None,
+    optimiser: str = "adamw",
 ) -> Classification:
     torch.manual_seed(0)
     data = DigitScenes(digits=(1, 1), digit_size=(0.5, 0.9), image_size=32, train_size=16, val_size=8, batch_size=8)
     data.setup()
-    task = Classification(
-        backbone=CifarResNet(depth=8), classes=data.classes, optimizer=partial(AdamW, lr=0.01, weight_decay=decay)
-    )
+    task = Classification(backbone=CifarResNet(depth=8), classes=data.classes, optimizer=OPTIMISERS[optimiser])
     stages = transfer.stages(task.backbone, epochs=epochs)
     freeze_for_good(task.backbone, stages)
-    task.rates = {f"backbone.{name}": stage.rate for stage in stages for name in stage.parameters}
+    task.pace = {f"backbone.{name}": Pace(each.start or 0, each.rate) for each in stages for name in each.parameters}
     saving = ModelCheckpoint(folder, "last", enable_version_counter=False)
     trainer = Trainer(
         max_epochs=epochs,
@@ -201,10 +211,6 @@ def fit(
     )
     trainer.fit(task, datamodule=data, ckpt_path=resume, weights_only=True)
     return task
-
-
-def copied(task: Classification) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in task.backbone.state_dict().items()}
 
 
 def test_a_frozen_backbone_is_bit_identical_after_a_fit(tmp_path: Path) -> None:
@@ -239,20 +245,20 @@ def test_gradual_lets_one_stage_more_learn_at_a_time(tmp_path: Path, capsys: pyt
 def test_what_has_not_begun_to_learn_is_neither_decayed_nor_remembered(tmp_path: Path) -> None:
     torch.manual_seed(0)
     before = CifarResNet(depth=8).state_dict()
-    task = fit(Transfer(wait=2), tmp_path, epochs=3, watch=Watch(die_in_epoch=None), decay=0.5)
+    task = fit(Transfer(wait=2), tmp_path, epochs=3, watch=Watch())
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)["optimizer_states"][0]["state"]
     assert {int(entry["step"]) for entry in state.values()} == {2, 6}  # the backbone's and the head's steps
     assert any(not torch.equal(tensor, before[name]) for name, tensor in task.backbone.state_dict().items())
 
 
-@pytest.mark.parametrize("died_in", [2, 3])
-def test_a_run_that_was_killed_goes_on_with_what_it_had_let_learn(tmp_path: Path, died_in: int) -> None:
-    gradual = Transfer(wait=1, every=1)
-    whole = fit(gradual, tmp_path / "whole", epochs=4, watch=Watch())
+@pytest.mark.parametrize(("died_in", "optimiser"), [(2, "adamw"), (3, "adamw"), (3, "sgd")])
+def test_a_run_that_was_killed_goes_on_with_what_it_had_let_learn(tmp_path: Path, died_in: int, optimiser: str) -> None:
+    once_more = partial(fit, Transfer(wait=1, every=1), epochs=4, optimiser=optimiser)
+    whole = once_more(tmp_path / "whole", watch=Watch())
     with pytest.raises(InterruptedError):
-        fit(gradual, tmp_path / "killed", epochs=4, watch=Watch(die_in_epoch=died_in))
+        once_more(tmp_path / "killed", watch=Watch(die_in_epoch=died_in))
     watch = Watch()
-    resumed = fit(gradual, tmp_path / "killed", epochs=4, watch=watch, resume=tmp_path / "killed" / "last.ckpt")
+    resumed = once_more(tmp_path / "killed", watch=watch, resume=tmp_path / "killed" / "last.ckpt")
     expected = {2: [False, True, True], 3: [True] * 3}
     assert watch.learning == watch.training == {epoch: expected[epoch] for epoch in range(died_in, 4)}
     first, second = whole.state_dict(), resumed.state_dict()

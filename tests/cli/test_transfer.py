@@ -19,6 +19,7 @@ from visiontasks.backbones import TorchvisionBackbone
 from visiontasks.cli import train
 from visiontasks.cli.build import build_task, load_task, plain
 from visiontasks.cli.command_line import CONF
+from visiontasks.layers.freezing import stage_parameters
 from visiontasks.transfer import init_backbone
 
 ROOT = Path(__file__).parents[2]
@@ -134,8 +135,9 @@ PLAIN = (  # no batch norm, whose statistics are each process's own
     "trainer.precision=32",
     "trainer.enable_progress_bar=false",
     "optimizer=sgd",
-    "optimizer.lr=0.01",
+    "optimizer.lr=0.05",
     "optimizer.momentum=0.5",
+    "scheduler=constant",
     "transfer=gradual",
     "test=false",
 )
@@ -160,13 +162,13 @@ def test_stages_that_learn_later_are_synchronised(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr[-3000:]
     one, two = (load_task(tmp_path / name / "checkpoints" / "last.ckpt").state_dict() for name in ("one", "two"))
     start = TorchvisionBackbone(name="vgg11", weights=str(tmp_path / "vgg11.pth")).state_dict()
-    for name, before in start.items():
-        learnt, apart = (
-            (one[f"backbone.{name}"] - before).norm(),
-            (one[f"backbone.{name}"] - two[f"backbone.{name}"]).norm(),
+    for stage in stage_parameters(TorchvisionBackbone(name="vgg11")):
+        before, first, second = (
+            torch.cat([state[prefix + name].flatten() for name in stage])
+            for state, prefix in ((start, ""), (one, "backbone."), (two, "backbone."))
         )
-        assert learnt > 0, name
-        assert apart < 1e-3 * learnt, name
+        learnt, apart = (first - before).norm(), (first - second).norm()
+        assert apart < 0.01 * learnt, (stage[0], learnt, apart)  # without synchronisation about as far as it learnt
 
 
 def test_the_study_compares_six_runs(

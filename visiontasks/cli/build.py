@@ -16,6 +16,7 @@ from visiontasks.contracts import Backbone, UsageError
 from visiontasks.data.module import DataModule
 from visiontasks.layers.freezing import cut_stages
 from visiontasks.tasks.base import Task
+from visiontasks.tasks.optimisation import Pace
 from visiontasks.transfer import Auto, freeze_for_good, init_backbone
 from visiontasks.weights import Receipt
 
@@ -122,7 +123,7 @@ def begin_transfer(task: Task, data: DataModule, config: Config) -> tuple[list[C
         )
     stages = transfer.stages(task.backbone, epochs=config["trainer"]["max_epochs"] or -1)
     freeze_for_good(task.backbone, stages)
-    task.rates = {f"backbone.{name}": stage.rate for stage in stages for name in stage.parameters}
+    task.pace = {f"backbone.{name}": Pace(each.start or 0, each.rate) for each in stages for name in each.parameters}
     usual = all(stage.start == 0 and stage.rate == 1 for stage in stages)
     return [] if usual else [Unfreezing(stages)], why
 

@@ -17,7 +17,7 @@ from torch.optim import AdamW, Optimizer
 from visiontasks.contracts import Backbone, Batch, UsageError
 from visiontasks.layers.distributed import mean_over_processes, sum_over_processes
 from visiontasks.tasks.metrics import Metrics, weighted_sum
-from visiontasks.tasks.optimisation import MakeOptimizer, MakeSchedule, at_rates, cosine, parameter_groups
+from visiontasks.tasks.optimisation import MakeOptimizer, MakeSchedule, Pace, at_rates, cosine, parameter_groups
 
 LUMINANCE = (0.299, 0.587, 0.114)  # of red, green and blue, ITU-R BT.601
 Prediction = dict[str, Any]  # of one image, in plain numbers, strings and lists, so that it is a line of JSON
@@ -58,7 +58,9 @@ class Task(LightningModule):
         self.scheduler = scheduler or cosine
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.lr: float | None = None  # the learning-rate finder's place to write; None leaves the optimiser's own
-        self.rates: dict[str, float] = {}  # shares of the learning rate by parameter, 1 where not named
+        self.pace: dict[
+            str, Pace
+        ] = {}  # of parameters by name, where they do not learn from the start at the full rate
         self.config: dict[str, Any] = {}  # the composed config as plain containers, where there is one
         self.tables: dict[str, Tensor] = {}  # of the last evaluation, such as a confusion matrix, for the pictures
         self._running: dict[str, Tensor] = {}
@@ -90,7 +92,7 @@ class Task(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         chosen = {} if self.lr is None else {"lr": self.lr}
-        optimizer = at_rates(self.optimizer(parameter_groups(self, self.rates), **chosen))
+        optimizer = at_rates(self.optimizer(parameter_groups(self, self.pace), **chosen))
         schedule: Any = self.scheduler(optimizer, total_steps=int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.optim import Optimizer
@@ -14,21 +14,28 @@ Schedule = dict[str, Any]  # what Lightning takes under "lr_scheduler"
 MakeSchedule = Callable[..., Schedule]  # called with the optimiser and total_steps
 
 
-def parameter_groups(module: nn.Module, rates: Mapping[str, float] | None = None) -> Groups:
-    """The trainable parameters in groups: for each rate weights, and norms and biases, which are not decayed.
+class Pace(NamedTuple):
+    """When and how fast a parameter learns."""
 
-    rates is the share of the learning rate that falls to a parameter, by name; 1 where it is not named. It stands in
-    each group as "rate", for `at_rates`.
+    start: int = 0  # the epoch
+    rate: float = 1.0  # share of the learning rate
+
+
+def parameter_groups(module: nn.Module, pace: Mapping[str, Pace] | None = None) -> Groups:
+    """The trainable parameters in groups: for each pace weights, and norms and biases, which are not decayed.
+
+    A parameter that pace does not name learns from the start at the full rate. The rate stands in each group as "rate",
+    for `at_rates`. What starts later has groups of its own: fused SGD takes no group with only some of its momenta.
     """
-    rates = rates or {}
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    pace = pace or {}
+    groups: dict[tuple[Pace, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((rates.get(name, 1.0), parameter.ndim > 1), []).append(parameter)
-    ordered = sorted(groups.items(), key=lambda item: item[0], reverse=True)
+            groups.setdefault((pace.get(name, Pace()), parameter.ndim > 1), []).append(parameter)
+    ordered = sorted(groups.items(), key=lambda item: (item[0][0].start, -item[0][0].rate, not item[0][1]))
     return [
         {"params": parameters, "rate": rate} | ({} if decayed else {"weight_decay": 0.0})
-        for (rate, decayed), parameters in ordered
+        for ((_, rate), decayed), parameters in ordered
     ]
 
 
