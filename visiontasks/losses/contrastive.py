@@ -48,11 +48,13 @@ class _NTXent(torch.autograd.Function):
             rows = sharp[start : start + step]  # (C, D)
             logits = rows @ views.T  # (C, 2N)
             logits.diagonal(start).fill_(-torch.inf)
-            total += (logits.logsumexp(dim=1) - similar[start : start + step]).sum()
+            peaks = logits.amax(dim=1, keepdim=True)  # (C, 1)
+            weights = logits.sub_(peaks).exp_()  # (C, 2N) chances times sums
+            sums = weights.sum(dim=1, keepdim=True)  # (C, 1)
+            total += (peaks + sums.log() - similar[start : start + step, None]).sum()
             if ctx.needs_input_grad[0]:
-                chances = logits.softmax(dim=1)  # (C, 2N)
-                slopes[start : start + step].addmm_(chances, sharp)
-                slopes.addmm_(chances.T, rows)
+                slopes[start : start + step] += weights @ sharp / sums
+                slopes.addmm_(weights.T, rows / sums)
         ctx.save_for_backward(slopes / len(views))
         return total / len(views)
 
