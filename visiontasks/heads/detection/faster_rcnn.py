@@ -12,6 +12,7 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
 
 from visiontasks.contracts import Level
+from visiontasks.heads.detection.branches import by_anchor
 from visiontasks.heads.detection.geometry import Anchors, cells, labelled, matched, truth_boxes
 from visiontasks.heads.detection.pooling import pool_regions
 from visiontasks.heads.detection.pyramid import STRIDES, Pyramid
@@ -58,8 +59,8 @@ class RegionProposals(nn.Module):
         objectness, codes = self.layers(maps)
         return Regions(
             maps=maps,
-            objectness=torch.cat([_by_anchor(level, 1) for level in objectness], dim=1)[..., 0],
-            codes=torch.cat([_by_anchor(level, 4) for level in codes], dim=1),
+            objectness=by_anchor(objectness, 1)[..., 0],
+            codes=by_anchor(codes, 4),
             anchors=self.anchors(maps),
             counts=self.anchors.counts(maps),
             size=self.pyramid.size(features),
@@ -233,12 +234,6 @@ class FasterRCNN(nn.Module):
                 )
             )
         return found
-
-
-def _by_anchor(level: Tensor, columns: int) -> Tensor:
-    """Orders a map (B, A * columns, h, w) by place and anchor, (B, h * w * A, columns)."""
-    images, _, height, width = level.shape
-    return level.view(images, -1, columns, height, width).permute(0, 3, 4, 1, 2).reshape(images, -1, columns)
 
 
 def _numbers(drawn: list[Tensor]) -> Tensor:

@@ -13,6 +13,7 @@ from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSRegres
 from torchvision.ops import generalized_box_iou_loss
 
 from visiontasks.contracts import Level
+from visiontasks.heads.detection.branches import branch, by_anchor, convolved
 from visiontasks.heads.detection.focal import focal_sum
 from visiontasks.heads.detection.geometry import BACKGROUND, Anchors, padded_targets
 from visiontasks.heads.detection.pyramid import STRIDES, Pyramid
@@ -74,11 +75,12 @@ class FCOS(nn.Module):
 
     def forward(self, features: list[Tensor]) -> Dense:
         maps = self.pyramid(features)
-        codes, quality = self.regression_head(maps)  # (B, P, 4), (B, P, 1)
+        scoring, regression = self.classification_head, self.regression_head
+        scored, sized = branch(scoring.conv, maps), branch(regression.conv, maps)
         return Dense(
-            logits=self.classification_head(maps),
-            codes=codes,
-            quality=quality[..., 0],
+            logits=by_anchor(convolved(scoring.cls_logits, scored), scoring.num_classes),
+            codes=by_anchor(convolved(regression.bbox_reg, sized), 4).relu(),
+            quality=by_anchor(convolved(regression.bbox_ctrness, sized), 1)[..., 0],
             anchors=self.anchors(maps),
             counts=self.anchors.counts(maps),
             size=self.pyramid.size(features),
