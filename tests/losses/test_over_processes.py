@@ -10,6 +10,7 @@ import torch.multiprocessing as mp
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
+from visiontasks.errors import UsageError
 from visiontasks.layers.batch_norm import ProcessBatchNorm, ProcessBatchNorms
 from visiontasks.layers.distributed import alone, rank, world_size
 from visiontasks.layers.queue import Queue
@@ -132,6 +133,8 @@ def measure(process: int, processes: int, folder: str) -> None:
     errors |= {("state", name): error for name, error in state_errors().items()}
     for dtype, each, _ in CASES:
         errors |= {(dtype, each, name): error for name, error in loss_errors(each * processes, dtype).items()}
+    with pytest.raises(UsageError, match="equally many"):
+        nt_xent(*torch.ones(2, 1 + process, D))
     torch.save(errors, f"{folder}/{process}.pt")
     dist.destroy_process_group()
 

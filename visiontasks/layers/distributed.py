@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from visiontasks.errors import UsageError
+
 T = TypeVar("T")
 
 _ALONE: ContextVar[bool] = ContextVar("alone", default=False)
@@ -81,10 +83,14 @@ def gather(rows: Tensor) -> Tensor:
 
     Its gradient is that of this process's rows times the number of processes, so that DDP's average over processes is
     the gradient of the whole batch; the backward pass exchanges nothing.
-    Shapes: rows (B, ...), equally many on each process, as in training; returns (B * processes, ...).
+    Shapes: rows (B, ...); returns (B * processes, ...). Raises UsageError on each process where B differs between them,
+    as it may in evaluation, which has `alone`.
     """
+    if world_size() == 1:
+        return rows
+    _check_equal(len(rows))
     apply: Callable[..., Tensor] = _Gather.apply
-    return rows if world_size() == 1 else apply(rows)
+    return apply(rows)
 
 
 def gather_pair(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,6 +99,16 @@ def gather_pair(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         return first, second
     pairs = gather(torch.stack((first, second), dim=1))  # (B * processes, 2, ...)
     return pairs[:, 0], pairs[:, 1]
+
+
+def _check_equal(count: int) -> None:
+    counts = torch.empty(world_size(), dtype=torch.long)
+    dist.all_gather_into_tensor(counts, torch.tensor([count]), group=_between_cpus(dist.group.WORLD))
+    if (counts != count).any():
+        raise UsageError(
+            f"The processes' batches hold {counts.tolist()} images and must hold equally many to be compared: "
+            "leave trainer.use_distributed_sampler=false, with which the data's own sampler sees to that."
+        )
 
 
 class _Gather(torch.autograd.Function):
