@@ -18,7 +18,8 @@ from visiontasks.data import DigitScenes
 from visiontasks.layers.freezing import cut_stages, stage_parameters
 from visiontasks.tasks import Classification
 from visiontasks.tasks.optimisation import Pace, at_rates, parameter_groups
-from visiontasks.transfer import Auto, Transfer, freeze_for_good, init_backbone
+from visiontasks.transfer import Auto, Transfer, freeze_for_good
+from visiontasks.weights import load_backbone
 
 
 def run_folder(path: Path, backbone: Backbone) -> Path:
@@ -30,7 +31,7 @@ def run_folder(path: Path, backbone: Backbone) -> Path:
 
 def test_a_run_of_the_same_backbone_arrives_whole(tmp_path: Path) -> None:
     source, target = CifarResNet(depth=8), CifarResNet(depth=8)
-    receipt = init_backbone(target, str(run_folder(tmp_path, source)))
+    receipt = load_backbone(target, str(run_folder(tmp_path, source)))
     assert (receipt.share, receipt.missing, receipt.left_over) == (1.0, (), ())
     assert all(
         torch.equal(a, b) for a, b in zip(target.state_dict().values(), source.state_dict().values(), strict=True)
@@ -40,7 +41,7 @@ def test_a_run_of_the_same_backbone_arrives_whole(tmp_path: Path) -> None:
 def test_a_run_of_another_backbone_is_refused_with_counts(tmp_path: Path) -> None:
     folder = run_folder(tmp_path, CifarResNet(depth=14))
     with pytest.raises(UsageError, match=r"resnet8: \d+ of its \d+ tensors match, \d+ left over"):
-        init_backbone(CifarResNet(depth=8), str(folder))
+        load_backbone(CifarResNet(depth=8), str(folder))
 
 
 PLANS: dict[str, tuple[Transfer, list[int | None], list[float]]] = {  # of three stages in twelve epochs
@@ -96,7 +97,7 @@ BACKBONES = {
 def test_a_cut_backbone_is_the_beginning_of_the_whole(name: str) -> None:
     whole, cut = BACKBONES[name]().eval(), BACKBONES[name]().eval()
     cut_stages(cut, 2)
-    receipt = init_backbone(cut, whole.state_dict(), source="x")
+    receipt = load_backbone(cut, whole.state_dict(), source="x")
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         features, expected = cut(images), whole(images)

@@ -1,30 +1,11 @@
 """A backbone goes on from what another run, or somebody else, has learnt: which stages learn, when and how fast."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
-
-from torch import Tensor
 
 from visiontasks.contracts import Backbone, UsageError
 from visiontasks.layers.freezing import stage_parameters
-from visiontasks.weights import Receipt, load_backbone
-
-
-def init_backbone(
-    backbone: Backbone,
-    weights: str | Path | Mapping[str, Tensor],
-    *,
-    source: str | None = None,
-    allow_missing: Collection[str] = (),
-) -> Receipt:
-    """Starts a backbone from a run folder, a checkpoint, a weights file or tensors by name, strictly.
-
-    Raises:
-        UsageError: if the source cannot be read, or less than all arrives that allow_missing does not name.
-    """
-    return load_backbone(backbone, weights, source=source, allow_missing=allow_missing)
 
 
 class Stage(NamedTuple):

@@ -20,7 +20,7 @@ from visiontasks.cli import train
 from visiontasks.cli.build import build_task, load_task, plain
 from visiontasks.cli.command_line import CONF
 from visiontasks.layers.freezing import stage_parameters
-from visiontasks.transfer import init_backbone
+from visiontasks.weights import load_backbone
 
 ROOT = Path(__file__).parents[2]
 TASKS = sorted(file.stem for file in (CONF / "task").glob("*.yaml"))
@@ -119,7 +119,7 @@ def test_every_task_is_a_source_of_every_other(target: str, sources: dict[str, P
     config = plain(composed)
     for folder in sources.values():
         task = build_task(config, classes=tuple("0123456789"))
-        receipt = init_backbone(task.backbone, folder)
+        receipt = load_backbone(task.backbone, folder)
         stored = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
         assert (receipt.share, receipt.missing) == (1.0, ())
         for name, tensor in task.backbone.state_dict().items():
@@ -202,3 +202,46 @@ def test_a_study_of_nothing_is_refused(
     with pytest.raises(SystemExit):
         call("train", *TINY, "transfer_study=true", f"hydra.run.dir={tmp_path}")
     assert "nothing to transfer" in capsys.readouterr().err
+
+
+FINDERS = ("transfer=linear_probe_then_finetune", "find_lr=true", "find_batch_size=true", "trainer.max_epochs=60")
+
+
+def test_the_finders_leave_the_plan_as_it_was(
+    finished_run: Path, call: Callable[..., None], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    few = (f"init_from={finished_run}", f"hydra.run.dir={tmp_path}", "trainer.limit_train_batches=2")
+    call("train", *(word for word in SMALL if "max_epochs" not in word), *FINDERS, *few)
+    source, found = (
+        load_task(run / "checkpoints" / name).backbone.state_dict()
+        for run, name in ((finished_run, "best.ckpt"), (tmp_path, "last.ckpt"))
+    )
+    assert not any(torch.equal(found[name], source[name]) for name in source if "conv" in name)
+    assert capsys.readouterr().out.count("from epoch 30;") == 3
+
+
+def test_an_average_of_what_is_frozen_is_what_it_was_to_rounding(
+    finished_run: Path, call: Callable[..., None], tmp_path: Path
+) -> None:
+    call(
+        "train",
+        *SMALL,
+        "transfer=frozen",
+        "callbacks.ema.decay=0.9",
+        f"init_from={finished_run}",
+        f"hydra.run.dir={tmp_path}",
+    )
+    source, found = (
+        load_task(run / "checkpoints" / name).backbone.state_dict()
+        for run, name in ((finished_run, "best.ckpt"), (tmp_path, "last.ckpt"))
+    )
+    torch.testing.assert_close(found, source, rtol=1e-5, atol=1e-6)
+
+
+def test_an_average_that_estimates_statistics_anew_is_refused(
+    finished_run: Path, call: Callable[..., None], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ("transfer=frozen", "callbacks.swa.lr=0.01", f"init_from={finished_run}")
+    with pytest.raises(SystemExit):
+        call("train", *SMALL, *words, f"hydra.run.dir={tmp_path}")
+    assert "of frozen stages too" in capsys.readouterr().err

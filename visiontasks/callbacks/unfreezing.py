@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from visiontasks.contracts import UsageError
@@ -28,13 +29,22 @@ class Unfreezing(Callback):
         """Lets all that will learn be seen by the optimiser and by what checks gradients."""
         if stage != "fit":
             return
+        if any(each.start != 0 for each in self.stages):
+            self._check(trainer)
+        self._require(module, [each for each in self.stages if each.start is not None], gradient=True)
+
+    def _check(self, trainer: Trainer) -> None:
         waits = any(each.start for each in self.stages)
         if waits and not isinstance(trainer.strategy, DDPStrategy | SingleDeviceStrategy):
             raise UsageError(
                 f"{type(trainer.strategy).__name__} cannot let stages learn later: type transfer=full, discriminative, "
                 "last_stages or frozen, or trainer.strategy=ddp."
             )
-        self._require(module, [each for each in self.stages if each.start is not None], gradient=True)
+        if any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            raise UsageError(
+                "callbacks.swa estimates the batch-norm statistics anew, of frozen stages too: type transfer=full, or "
+                "callbacks.ema.decay=0.999 in its place."
+            )
 
     def on_train_start(self, trainer: Trainer, module: Any) -> None:
         if trainer.is_global_zero and not self.said:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -14,11 +15,12 @@ from visiontasks.callbacks.unfreezing import Unfreezing
 from visiontasks.cli.command_line import conf_folders
 from visiontasks.contracts import Backbone, UsageError
 from visiontasks.data.module import DataModule
+from visiontasks.layers.batch_norm import ProcessBatchNorms
 from visiontasks.layers.freezing import cut_stages
 from visiontasks.tasks.base import Task
 from visiontasks.tasks.optimisation import Pace
-from visiontasks.transfer import Auto, freeze_for_good, init_backbone
-from visiontasks.weights import Receipt
+from visiontasks.transfer import Auto, freeze_for_good
+from visiontasks.weights import Receipt, load_backbone
 
 Config = dict[str, Any]  # a composed config as plain containers, every interpolation resolved
 PARTS = (
@@ -100,10 +102,10 @@ def start_backbone(task: Task, config: Config) -> Receipt | None:
         return getattr(task.backbone, "receipt", None)
     library, _, name = str(source).partition(":")
     if source != "imagenet" and library not in _LIBRARIES:
-        return init_backbone(task.backbone, source, allow_missing=allowed)
+        return load_backbone(task.backbone, source, allow_missing=allowed)
     known = {"_target_": _LIBRARIES[library], "name": name} if name else config["backbone"]
     published = instantiate(known | {"weights": "imagenet"}, _convert_="all")
-    return init_backbone(task.backbone, published.state_dict(), source=source, allow_missing=allowed)
+    return load_backbone(task.backbone, published.state_dict(), source=source, allow_missing=allowed)
 
 
 def begin_transfer(task: Task, data: DataModule, config: Config) -> tuple[list[Callback], str]:
@@ -129,12 +131,12 @@ def begin_transfer(task: Task, data: DataModule, config: Config) -> tuple[list[C
 
 
 def _other_data(config: Config) -> bool:
-    """Whether the backbone comes from a run on another data set."""
-    source = Path(config["init_from"] or config["backbone"].get("weights") or "")
-    if source.suffix != ".ckpt" and not (source / "checkpoints").is_dir():
+    """Whether the backbone is known to come from a run of ours on another data set."""
+    try:
+        learnt = read_checkpoint(find_checkpoint(config["init_from"] or config["backbone"].get("weights") or ""))
+    except (UsageError, RuntimeError, UnpicklingError):  # published weights, or somebody else's
         return False
-    learnt = read_checkpoint(find_checkpoint(str(source)))["config"]
-    return bool(learnt["data"]["_target_"] != config["data"]["_target_"])
+    return bool(learnt["config"]["data"]["_target_"] != config["data"]["_target_"])
 
 
 def check_head(config: Config, head: Any) -> None:
@@ -149,12 +151,14 @@ def check_head(config: Config, head: Any) -> None:
 def build_trainer(config: Config, *, folder: Path, callbacks: Sequence[Callback] = ()) -> Trainer:
     """The trainer with its callbacks and loggers, writing to a run folder."""
     options = config["trainer"] | {"precision": resolved_precision(config["trainer"]["precision"])}
+    plugins = {"plugins": [ProcessBatchNorms()]} if options.get("sync_batchnorm") else {}
     trainer: Trainer = instantiate(
         options,
         callbacks=[*build_callbacks(config.get("callbacks") or {}), *callbacks],
         logger=[instantiate(logger, _convert_="all") for logger in (config.get("logger") or {}).values()],
         default_root_dir=str(folder),
         _convert_="all",
+        **plugins,
     )
     return trainer
 

@@ -28,7 +28,7 @@ def share_of(source: Source, fraction: float, *, seed: int, labelled: bool) -> S
     _, kept = held_out(_classes(source, labelled=labelled), fraction=fraction, seed=seed)
     positions = np.resize(kept, len(source))  # (N,)
     if isinstance(source, MaskFiles):
-        return MaskFiles([source.pairs[position] for position in positions], source.read)
+        return MaskFiles([source.pairs[position] for position in positions.tolist()], source.read)
     return Subset(source, positions)
 
 

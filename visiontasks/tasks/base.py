@@ -58,9 +58,7 @@ class Task(LightningModule):
         self.scheduler = scheduler or cosine
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.lr: float | None = None  # the learning-rate finder's place to write; None leaves the optimiser's own
-        self.pace: dict[
-            str, Pace
-        ] = {}  # of parameters by name, where they do not learn from the start at the full rate
+        self.pace: dict[str, Pace] = {}  # of parameters by name; the others learn from the start at the full rate
         self.config: dict[str, Any] = {}  # the composed config as plain containers, where there is one
         self.tables: dict[str, Tensor] = {}  # of the last evaluation, such as a confusion matrix, for the pictures
         self._running: dict[str, Tensor] = {}
