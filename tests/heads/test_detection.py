@@ -466,6 +466,32 @@ def test_one_image_is_learnt(name: str) -> None:
         assert ((seen & masks.bool()).sum((1, 2)) / (seen | masks.bool()).sum((1, 2))).min() > 0.8
 
 
+FAMILIES: dict[str, Any] = {
+    "vgg11_bn": TorchvisionBackbone,
+    "resnet18": TorchvisionBackbone,
+    "mobilenet_v2": TorchvisionBackbone,
+    "densenet121": TorchvisionBackbone,
+    "shufflenet_v2_x0_5": TorchvisionBackbone,
+    "convnext_tiny": TorchvisionBackbone,
+    "resnetv2_50": TimmBackbone,
+}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", HEADS)
+def test_nothing_to_find_gives_every_weight_a_gradient(name: str, family: str) -> None:
+    backbone = FAMILIES[family](name=family).train()
+    head = make(name, backbone.levels)
+    terms = head.loss(head(backbone(torch.randn(2, 3, 64, 64))), [target(0, 64, 64)] * 2, keys=torch.tensor([1, 2]))
+    total = sum(one / count.clamp(min=1) for one, count in terms.values())
+    assert torch.isfinite(total)
+    total.backward()
+    for parameter_name, parameter in nn.ModuleList([backbone, head]).named_parameters():
+        assert parameter.grad is not None, parameter_name
+        assert parameter.grad.isfinite().all(), parameter_name
+
+
 @pytest.mark.parametrize("name", ONE_STAGE)
 def test_one_stage_exports(name: str) -> None:
     head = lively(make(name)).eval()
