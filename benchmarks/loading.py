@@ -8,8 +8,10 @@ and crop to 512, mirror, jitter the colours; both sides decode alike and get the
 collates.
 
 One process, one thread, process time; all pipelines take turns, and what is printed are medians over the rounds, ratios
-being taken within a round. Without a folder the files are crops of scikit-learn's two photographs, 500 x 375, JPEG
-quality 90, written to a temporary folder.
+being taken within a round. The larger the files, the more of both sides is decoding: of ours four fifths at 640 x 480,
+so that no transform, however fast, lifts the ratio there by more than a quarter. Decoding at half scale is no way out:
+it takes 85 % of the time, and a window that stays larger than the crop is drawn for 18 % of those files. Without a
+folder the files are crops of scikit-learn's two photographs, 500 x 375, JPEG quality 90, written to a temporary one.
 """
 
 import argparse
