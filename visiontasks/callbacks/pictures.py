@@ -278,7 +278,8 @@ def _write_names(tiles: list[Tile], path: Path) -> None:
 def _tiles(module: Any, raw: Any, batch: dict[str, Any], marks: dict[int, Mark]) -> list[Tile]:
     """The tiles of the rows of a batch that have marks; nothing is worked out for the others."""
     rows = list(marks)
-    own = {key: _chosen(values, rows) for key, values in batch.items()}
+    own = {key: _chosen(values, rows) for key, values in batch.items() if key != "views"}
+    own |= {"views": [_chosen(view, rows) for view in batch["views"]]} if "views" in batch else {}
     images = [image.cpu() for image in own["image"]]
     columns = (marks.values(), images, module.predictions(_chosen(raw, rows)), module.truths(own))
     return [Tile(*mark, *seen) for mark, *seen in zip(*columns, strict=True)]

@@ -45,7 +45,7 @@ class Report(Callback):
         batch: dict[str, Any],
         batch_idx: int,  # noqa: ARG002
     ) -> None:
-        self.images += len(batch["image"])
+        self.images += len(batch["index"])
         if self.first_step is None:
             self.first_step = time.time()
 
@@ -82,6 +82,7 @@ class Report(Callback):
             "processes": world_size(),
             "bad_files": bad_files(trainer),
             "repaired": repaired(trainer),
+            "warnings": warnings(trainer),
             "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         }
 
@@ -111,10 +112,18 @@ def repaired(trainer: Trainer) -> list[str]:
     return list(getattr(getattr(trainer, "datamodule"), "repaired", ()))  # noqa: B009
 
 
+def warnings(trainer: Trainer) -> list[str]:
+    """The sentences of the callbacks that warn, such as of a collapse."""
+    callbacks: list[Any] = getattr(trainer, "callbacks")  # noqa: B009
+    return [line for callback in callbacks for line in getattr(callback, "warnings", {}).values()]
+
+
 def introduction(trainer: Trainer, module: Any) -> list[str]:
     """The lines that matter before training: data, classes, network, batch, device."""
     data: Any = getattr(trainer, "datamodule")  # noqa: B009
     sizes = ", ".join(f"{size:,} {split}" for split, size in data.sizes().items())
+    share = getattr(data, "fraction", 1.0)
+    repeated = f"; {share:.0%} of the training images, repeated" if share < 1 else ""
     classes = ", ".join(module.classes[:10]) + (", ..." if len(module.classes) > 10 else "")
     parameters = sum(parameter.numel() for parameter in module.parameters())
     trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
@@ -122,7 +131,7 @@ def introduction(trainer: Trainer, module: Any) -> list[str]:
     batch = f"{data.batch_size * world_size() * accumulated}"
     parts = f"{data.batch_size} x {world_size()} processes x {accumulated} accumulated"
     return [
-        f"data       {type(data).__name__}: {sizes}",
+        f"data       {type(data).__name__}: {sizes}{repeated}",
         f"classes    {len(module.classes)}: {classes}",
         f"network    {network_name(module)}, {parameters / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained",
         f"batch      {batch} ({parts})",

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from visiontasks.heads.fcn import FCN, SkipFCN
     from visiontasks.heads.fpn import FPN
     from visiontasks.heads.lraspp import LRASPP
+    from visiontasks.heads.pretraining.simclr import SimCLR
     from visiontasks.heads.segformer import SegFormerMLP
     from visiontasks.heads.unet import UNet
 
@@ -33,6 +34,7 @@ __all__ = [
     "MaskRCNN",
     "RetinaNet",
     "SegFormerMLP",
+    "SimCLR",
     "SkipFCN",
     "UNet",
 ]
@@ -49,13 +51,14 @@ _MODULES = {
     "RetinaNet": "detection.retinanet",
     "SSD": "detection.ssd",
     "SegFormerMLP": "segformer",
+    "SimCLR": "pretraining.simclr",
     "SkipFCN": "fcn",
     "UNet": "unet",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a dense or detection head when it is asked for: classification does not wait for torchvision."""
+    """Imports any other head when it is asked for: classification does not wait for torchvision."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
