@@ -48,3 +48,12 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     first, second = (load_task(tmp_path / name / "checkpoints" / "last.ckpt").state_dict() for name in ("one", "two"))
     difference = torch.cat([(first[name] - second[name]).flatten() for name in first]).norm()
     assert difference / torch.cat([value.flatten() for value in first.values()]).norm() < 1e-5
+
+
+@pytest.mark.exhaustive
+def test_batch_norms_of_two_processes_are_one(tmp_path: Path) -> None:
+    normed = ("backbone=resnet20", "trainer.max_epochs=1", "trainer.sync_batchnorm=true")
+    one = run(tmp_path / "one", *normed, "trainer=cpu", "data.batch_size=16")
+    two = run(tmp_path / "two", *normed, "trainer=ddp_cpu", "data.batch_size=8")
+    for name in ("val/loss", "test/loss"):
+        assert two[name] == pytest.approx(one[name], rel=1e-4), name
