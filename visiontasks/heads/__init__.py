@@ -15,11 +15,18 @@ if TYPE_CHECKING:
     from visiontasks.heads.fcn import FCN, SkipFCN
     from visiontasks.heads.fpn import FPN
     from visiontasks.heads.lraspp import LRASPP
+    from visiontasks.heads.pretraining.byol import BYOL, SimSiam
+    from visiontasks.heads.pretraining.dino import DINO
+    from visiontasks.heads.pretraining.moco import MoCo, MoCoV3
+    from visiontasks.heads.pretraining.redundancy import BarlowTwins, VICReg
     from visiontasks.heads.pretraining.simclr import SimCLR
+    from visiontasks.heads.pretraining.swav import SwAV
     from visiontasks.heads.segformer import SegFormerMLP
     from visiontasks.heads.unet import UNet
 
 __all__ = [
+    "BYOL",
+    "DINO",
     "FCN",
     "FCOS",
     "FPN",
@@ -27,19 +34,28 @@ __all__ = [
     "MLP",
     "SSD",
     "VGG",
+    "BarlowTwins",
     "DeepLabV3",
     "DeepLabV3Plus",
     "FasterRCNN",
     "Linear",
     "MaskRCNN",
+    "MoCo",
+    "MoCoV3",
     "RetinaNet",
     "SegFormerMLP",
     "SimCLR",
+    "SimSiam",
     "SkipFCN",
+    "SwAV",
     "UNet",
+    "VICReg",
 ]
 
 _MODULES = {
+    "BYOL": "pretraining.byol",
+    "BarlowTwins": "pretraining.redundancy",
+    "DINO": "pretraining.dino",
     "DeepLabV3": "deeplab",
     "DeepLabV3Plus": "deeplab",
     "FCN": "fcn",
@@ -48,12 +64,17 @@ _MODULES = {
     "FasterRCNN": "detection.faster_rcnn",
     "LRASPP": "lraspp",
     "MaskRCNN": "detection.mask_rcnn",
+    "MoCo": "pretraining.moco",
+    "MoCoV3": "pretraining.moco",
     "RetinaNet": "detection.retinanet",
     "SSD": "detection.ssd",
     "SegFormerMLP": "segformer",
     "SimCLR": "pretraining.simclr",
+    "SimSiam": "pretraining.byol",
     "SkipFCN": "fcn",
+    "SwAV": "pretraining.swav",
     "UNet": "unet",
+    "VICReg": "pretraining.redundancy",
 }
 
 

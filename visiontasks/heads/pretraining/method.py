@@ -34,7 +34,7 @@ class Method(nn.Module):
     momentum: float | None = None  # of the teacher; None: there is none
     final_momentum: float = 1.0  # what it rises to along half a cosine
     progress: float = 0.0  # the share of the training that is behind; set by the task before each step
-    projector: nn.Module  # pyramid -> (B, D), for a teacher
+    projector: "Projector"  # which a teacher copies too
 
     def check(self, views: int) -> None:
         """Raises UsageError where images come in a number of views that the method cannot take."""
