@@ -6,6 +6,7 @@ import pytest
 from visiontasks.contracts import UsageError
 from visiontasks.data import DigitScenes
 from visiontasks.data.fraction import share_of
+from visiontasks.data.masks import IndexMasks, MaskFiles, Pair
 from visiontasks.data.source import Arrays, Source, Subset
 
 LABELS = np.repeat(np.arange(4), [100, 50, 30, 20])
@@ -47,6 +48,14 @@ def test_the_labels_of_a_part_are_those_of_the_part() -> None:
 
 def test_without_labels_the_share_is_of_all() -> None:
     assert len(set(positions(share_of(arrays(), 0.1, seed=0, labelled=False)))) == 20
+
+
+def test_masks_stay_files_that_can_be_looked_at() -> None:
+    whole = MaskFiles([Pair(f"{index}.jpg", f"{index}.png") for index in range(50)], IndexMasks([0, 1]))
+    share = share_of(whole, 0.1, seed=0, labelled=False)
+    assert isinstance(share, MaskFiles)
+    assert (len(share), len(set(share.pairs))) == (50, 5)
+    assert set(share.pairs) < set(whole.pairs)
 
 
 @pytest.mark.parametrize("fraction", [0.0, -0.1, 1.1])
