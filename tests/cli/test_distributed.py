@@ -56,4 +56,4 @@ def test_batch_norms_of_two_processes_are_one(tmp_path: Path) -> None:
     one = run(tmp_path / "one", *normed, "trainer=cpu", "data.batch_size=16")
     two = run(tmp_path / "two", *normed, "trainer=ddp_cpu", "data.batch_size=8")
     for name in ("val/loss", "test/loss"):
-        assert two[name] == pytest.approx(one[name], rel=1e-4), name
+        assert two[name] == pytest.approx(one[name], rel=5e-4), name
