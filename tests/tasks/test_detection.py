@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -199,16 +200,18 @@ def test_errors_count_what_was_missed_and_what_is_wrong() -> None:
     assert made.errors(made.predict_step(data, 0), data).tolist() == [0, 3, 2, 0, 0]
 
 
-def test_a_picture_counts_no_detection_on_a_crowd_as_wrong() -> None:
+def test_a_picture_marks_what_is_missed_and_wrong_and_no_detection_on_a_crowd() -> None:
     made, image = task(), scene((*CAT, 90), (*COW, 80))
-    for truth, words in (
-        (objects(CAT, ((40, 20, 60, 40), 2), crowd=1), "0 missed, 0 wrong"),
-        (objects(CAT, ((40, 20, 60, 40), 2)), "1 missed, 1 wrong"),
-        (objects(((40, 20, 60, 40), 2), crowd=1), "0 missed, 1 wrong"),
+    for truth, words, frames in (
+        (objects(CAT, ((40, 20, 60, 40), 2), crowd=1), "0 missed, 0 wrong", ["white", "grey", "green", "green"]),
+        (objects(CAT, ((40, 20, 60, 40), 2)), "1 missed, 1 wrong", ["white", "gold", "green", "crimson"]),
+        (objects(((40, 20, 60, 40), 2), crowd=1), "0 missed, 1 wrong", ["grey", "crimson", "green"]),
     ):
         data, axes = batch([image], [truth]), Figure().subplots()
         made.draw(axes, image, made.predictions(made.predict_step(data, 0))[0], made.truths(data)[0])
         assert axes.get_title() == words
+        known = [name.replace("green", "forestgreen") for name in frames]
+        assert [patch.get_edgecolor() for patch in axes.patches] == [to_rgba(name) for name in known]
 
 
 def test_saved_boxes_and_results_are_in_the_pixels_and_ids_of_the_file(tmp_path: Path) -> None:

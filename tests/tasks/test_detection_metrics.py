@@ -250,7 +250,9 @@ def test_each_object_is_found_once_and_crowds_are_no_false_alarms() -> None:
     assert match.object_of.tolist() == [0, -1, -2, -1]
     assert match.true.tolist() == [0, -1, -1, -1]
     assert match.found.tolist() == [True, False]
-    assert mistakes(found, truth) == (1, 2)
+    missed, wrong = mistakes(found, truth)
+    assert missed.sum() == 1
+    assert wrong.tolist() == [False, True, False, True]
     confusion = ObjectConfusion(2)
     confusion.update([found], [truth])
     figures, counts = confusion.compute()

@@ -19,6 +19,7 @@ from visiontasks.tasks.detection_metrics import DetectionMetrics, Found, Truth, 
 from visiontasks.tasks.inference import padded, window_sides, windows
 from visiontasks.tasks.metrics import stacked
 
+_RIGHT, _WRONG, _MISSED = "forestgreen", "crimson", "gold"
 STEP = 1_000_003  # a prime larger than most data sets: apart are the draws of an image in two epochs
 
 
@@ -199,7 +200,8 @@ class Detection(Task):
     def errors(self, raw: list[Found], batch: Batch) -> Tensor:
         """Objects of each image that were missed, and detections that are none or of another class, (B,)."""
         pairs = zip(raw, self._truth(batch), strict=True)
-        return torch.tensor([float(sum(mistakes(surer(found, self.shown), truth))) for found, truth in pairs])
+        faults = (torch.cat(mistakes(surer(found, self.shown), truth)) for found, truth in pairs)
+        return torch.stack([fault.sum() for fault in faults]).float()
 
     def save(self, prediction: Prediction, folder: Path, stem: str) -> Prediction:
         """Returns the line, boxes in the file's own pixels; masks go to masks/STEM.npz, (N, H, W) as bits."""
@@ -235,11 +237,14 @@ class Detection(Task):
 
     def draw(self, axes: Axes, image: Tensor, prediction: Prediction, truth: Prediction | None) -> None:
         axes.imshow(_under_masks(image, prediction))
+        wrong = torch.zeros(len(prediction["boxes"]), dtype=torch.bool)
         if truth is not None:
-            _compare(axes, self._tensors(prediction), self._tensors(truth))
-        for box, name, score in zip(prediction["boxes"], prediction["classes"], prediction["scores"], strict=True):
-            axes.add_patch(_frame(box, edgecolor="crimson", linewidth=1.2))
-            label = {"facecolor": "crimson", "edgecolor": "none", "pad": 0.6}
+            wrong = _compare(axes, self._tensors(prediction), self._tensors(truth))
+        named = zip(prediction["boxes"], prediction["classes"], prediction["scores"], wrong.tolist(), strict=True)
+        for box, name, score, fault in named:
+            colour = _WRONG if fault else _RIGHT
+            axes.add_patch(_frame(box, edgecolor=colour, linewidth=1.2))
+            label = {"facecolor": colour, "edgecolor": "none", "pad": 0.6}
             axes.text(box[0], box[1], f"{name} {score:.0%}", fontsize=5, color="white", va="bottom", bbox=label)
 
     def _tensors(self, plain: Prediction) -> Found:
@@ -275,13 +280,15 @@ def _at_file_size(masks: Any, scale: float, size: Sequence[int] | None) -> Any:
     return interpolate(inside, size=tuple(size), mode="bilinear")[:, 0].numpy() >= 0.5
 
 
-def _compare(axes: Axes, found: Found, truth: Truth) -> None:
-    """Frames the true objects, crowds in grey, and says how many were missed and how many detections are wrong."""
-    for box, crowd in zip(truth["boxes"].tolist(), crowds(truth).tolist(), strict=True):
-        axes.add_patch(_frame(box, edgecolor="white", linewidth=2.5))
-        axes.add_patch(_frame(box, edgecolor="grey" if crowd else "limegreen", linewidth=1.2, linestyle="--"))
+def _compare(axes: Axes, found: Found, truth: Truth) -> Tensor:
+    """Frames the true objects, crowds in grey and missed ones in yellow, and says how many; which found are wrong."""
     missed, wrong = mistakes(found, truth)
-    axes.set_title(f"{missed} missed, {wrong} wrong", color="crimson" if missed + wrong else "black")
+    for box, crowd, miss in zip(truth["boxes"].tolist(), crowds(truth).tolist(), missed.tolist(), strict=True):
+        colour = "grey" if crowd else _MISSED if miss else "white"
+        axes.add_patch(_frame(box, edgecolor=colour, linewidth=2.5, linestyle="--" if crowd or miss else "-"))
+    faulty = bool(missed.any() or wrong.any())
+    axes.set_title(f"{missed.sum()} missed, {wrong.sum()} wrong", color=_WRONG if faulty else "black")
+    return wrong
 
 
 def _frame(box: Sequence[float], **look: Any) -> Rectangle:

@@ -161,11 +161,15 @@ def matched(found: Found, truth: Truth) -> Match:
     return Match(object_of.where((object_of >= 0) | ~on_crowd, -2), classes[object_of], ~free)
 
 
-def mistakes(found: Found, truth: Truth) -> tuple[int, int]:
-    """How many objects were missed, and how many detections lie on no object or name another class."""
+def mistakes(found: Found, truth: Truth) -> tuple[Tensor, Tensor]:
+    """Which objects were missed, crowds never, and which detections lie on no object or name another class.
+
+    Shapes: (M,) and (N,), bool, on the CPU.
+    """
     match = matched(found, truth)
-    wrong = (match.true != found["labels"].cpu()) & (match.object_of > -2)
-    return int((~match.found).sum()), int(wrong.sum())
+    missed = ~crowds(truth).cpu()
+    missed[missed.clone()] = ~match.found
+    return missed, (match.true != found["labels"].cpu()) & (match.object_of > -2)
 
 
 def _share_inside(boxes: Tensor, others: Tensor) -> Tensor:
