@@ -150,8 +150,10 @@ def check_head(config: Config, head: Any) -> None:
 
 def build_trainer(config: Config, *, folder: Path, callbacks: Sequence[Callback] = ()) -> Trainer:
     """The trainer with its callbacks and loggers, writing to a run folder."""
-    options = config["trainer"] | {"precision": resolved_precision(config["trainer"]["precision"])}
-    plugins = {"plugins": [ProcessBatchNorms()]} if options.get("sync_batchnorm") else {}
+    precision, asked = resolved_precision(config["trainer"]["precision"]), config["trainer"]["sync_batchnorm"]
+    together = get_class(config["task"]["_target_"]).sees_all if asked == "auto" else asked
+    options = config["trainer"] | {"precision": precision, "sync_batchnorm": together}
+    plugins = {"plugins": [ProcessBatchNorms()]} if together else {}
     trainer: Trainer = instantiate(
         options,
         callbacks=[*build_callbacks(config.get("callbacks") or {}), *callbacks],

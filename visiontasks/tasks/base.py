@@ -35,6 +35,7 @@ class Task(LightningModule):
     wants: frozenset[str] = frozenset()  # annotations that it takes where the data have them
     metrics: Metrics
     loss_weights: dict[str, float]  # by the losses' names
+    sees_all: ClassVar[bool] = False  # its batch norms want statistics over all processes
     panels: ClassVar[int] = 1  # pictures side by side that `draw` makes of one image
     unit: ClassVar[str] = "images"  # what the confusion matrix counts
 
@@ -89,10 +90,15 @@ class Task(LightningModule):
         raise UsageError(f"The images have {found} channels and the backbone takes {wanted}: type in_channels={found}.")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        chosen = {} if self.lr is None else {"lr": self.lr}
+        rate = self.learning_rate()
+        chosen = {} if rate is None else {"lr": rate}
         optimizer = at_rates(self.optimizer(parameter_groups(self, self.pace), **chosen))
         schedule: Any = self.scheduler(optimizer, total_steps=int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def learning_rate(self) -> float | None:
+        """What stands in the place of the optimiser's own learning rate; None: nothing."""
+        return self.lr
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None

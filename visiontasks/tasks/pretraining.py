@@ -5,12 +5,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -47,7 +46,7 @@ class Pretraining(Task):
 
     needs: frozenset[str] = frozenset()
     wants: frozenset[str] = frozenset({"label"})
-    sees_all = True  # the batch norms want statistics over all processes
+    sees_all: ClassVar[bool] = True
     metrics: "Gauges"
 
     def __init__(
@@ -135,23 +134,37 @@ class Pretraining(Task):
     def _seen(self, backbone: nn.Module, images: Tensor) -> Pyramid:
         if self.checkpointing and torch.is_grad_enabled():
             contexts = partial(_recomputing, backbone)
-            return checkpoint(backbone, images, use_reentrant=False, context_fn=contexts)  # type: ignore[no-any-return]
+            return checkpoint(backbone, images, use_reentrant=False, context_fn=contexts)
         return backbone(images)  # type: ignore[no-any-return]
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        found = self.lr
-        self.lr = self._scaled_rate() if found is None else found
-        configured = super().configure_optimizers()
-        self.lr = found
-        return configured
+    def learning_rate(self) -> float | None:
+        """The one that was found, else the optimiser's own in proportion to the images of a step."""
+        if self.lr is not None or self.reference_batch is None:
+            return self.lr
+        own: float = cast(partial[Optimizer], self.optimizer).keywords["lr"]
+        return own * self._images_a_step() / self.reference_batch
 
-    def _scaled_rate(self) -> float | None:
-        """The optimiser's own learning rate for the images of a step; None where it is not to be scaled."""
-        if self.reference_batch is None:
-            return None
+    def _images_a_step(self) -> int:
         data: Any = getattr(self.trainer, "datamodule")  # noqa: B009
-        images = data.batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
-        return float(getattr(self.optimizer, "keywords")["lr"]) * images / self.reference_batch  # noqa: B009
+        return int(data.batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches)
+
+    def on_fit_start(self) -> None:
+        """Says what the learning rate has become, and what accumulation does not enlarge."""
+        if self.trainer.is_global_zero:
+            print("".join(f"{line}\n" for line in self.notes()), end="", flush=True)
+
+    def notes(self) -> list[str]:
+        """Lines for the person who starts the run."""
+        lines, accumulated = [], self.trainer.accumulate_grad_batches
+        if self.reference_batch is not None and self.lr is None:
+            factor = f"{self._images_a_step()} images a step / {self.reference_batch}"
+            lines.append(f"rate       {self.learning_rate():.4g}: optimizer.lr x {factor}")
+        if accumulated > 1 and self.head.in_batch:
+            compared = (
+                f"{type(self.head).__name__} compares {self._images_a_step() // accumulated} images with each other"
+            )
+            lines.append(f"accumulate {compared}, however many batches are accumulated")
+        return lines
 
     def on_train_start(self) -> None:
         if self.teacher is not None and self.global_step == 0:
@@ -167,6 +180,10 @@ class Pretraining(Task):
         """Takes a step; then the teacher follows."""
         progress = self._progress()
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.after_step(progress)
+
+    def after_step(self, progress: float) -> None:
+        """Lets the method and its teacher follow a step of the optimiser, before which so much was behind."""
         self.head.after_step()
         if self.teacher is not None and self.head.momentum is not None:
             momentum = rising(self.head.momentum, self.head.final_momentum, progress)

@@ -42,8 +42,9 @@ class DINO(Method):
         final_momentum: float = 1.0,
     ) -> None:
         super().__init__()
-        layers = [*_layers(levels[-1].channels, hidden, dim), UnitLinear(dim, outputs)]
-        self.projector = Projector(nn.Sequential(*layers))
+        layers = nn.Sequential(*_layers(levels[-1].channels, hidden, dim), UnitLinear(dim, outputs))
+        self.projector = Projector(layers)
+        self.last = len(layers) - 1
         self.centre = Centre(outputs, centre_momentum)
         self.student_temperature = student_temperature
         self.temperatures = (teacher_temperature, final_temperature)
@@ -74,7 +75,7 @@ class DINO(Method):
 
     def before_step(self) -> None:
         if self.progress < self.frozen:
-            drop_gradients(self.projector.layers[-1])
+            drop_gradients(self.projector.get_submodule(f"layers.{self.last}"))
 
 
 class UnitLinear(nn.Module):

@@ -107,16 +107,18 @@ def pooled(features: Pyramid) -> Tensor:
     return features[-1].mean(dim=(2, 3))
 
 
-def mlp(widths: Sequence[int], *, norm: bool = True, last_norm: bool = False, affine: bool = True) -> nn.Sequential:
+def mlp(
+    widths: Sequence[int], *, norm: bool = True, last_norm: bool = False, affine: bool = True, bias: bool = True
+) -> nn.Sequential:
     """Make linear layers between such widths with ReLU between them.
 
-    norm puts a batch norm before each ReLU, last_norm one at the end, with weights of its own where affine. A layer
-    before a batch norm has no bias, which the norm would take away again.
+    norm puts a batch norm before each ReLU, last_norm one at the end, with weights of its own where affine; bias is
+    that of the last layer. A layer before a batch norm has none, which the norm would take away again.
     """
     layers: list[nn.Module] = []
     for inner, outer in list(pairwise(widths))[:-1]:
         layers += [nn.Linear(inner, outer, bias=not norm), *([nn.BatchNorm1d(outer)] if norm else []), nn.ReLU(True)]
-    layers.append(nn.Linear(widths[-2], widths[-1], bias=not last_norm))
+    layers.append(nn.Linear(widths[-2], widths[-1], bias=bias and not last_norm))
     return nn.Sequential(*layers, *([nn.BatchNorm1d(widths[-1], affine=affine)] if last_norm else []))
 
 

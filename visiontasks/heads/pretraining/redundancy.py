@@ -1,5 +1,6 @@
 """Barlow Twins and VICReg: two views alike, and no two dimensions."""
 
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -10,13 +11,13 @@ from visiontasks.losses import barlow_twins, vicreg
 
 
 class _Expanded(Method):
-    """A projection of three wide layers. Each view goes through the network as a batch of its own."""
+    """A projection of three wide layers, the last without the bias that both losses take away."""
 
     augment: ClassVar[str] = "byol"
 
     def __init__(self, *, levels: tuple[Level, ...], dim: int) -> None:
         super().__init__()
-        self.projector = Projector(mlp([levels[-1].channels, dim, dim, dim]))
+        self.projector = Projector(mlp([levels[-1].channels, dim, dim, dim], bias=False))
 
     def forward(self, features: Pyramid) -> Tensor:
         return self.projector(features)  # type: ignore[no-any-return]
@@ -54,7 +55,7 @@ class VICReg(_Expanded):
         covariance: float = 1.0,
     ) -> None:
         super().__init__(levels=levels, dim=dim)
-        self.weights = {"invariance": invariance, "variance": variance, "covariance": covariance}
+        self.criterion = partial(vicreg, invariance=invariance, variance=variance, covariance=covariance)
 
     def loss(self, outputs: list[Tensor], targets: Any) -> Tensor:  # noqa: ARG002
-        return vicreg(*pair(outputs), **self.weights)
+        return self.criterion(*pair(outputs))

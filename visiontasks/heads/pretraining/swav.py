@@ -1,6 +1,7 @@
 """SwAV: views of an image predict each other's prototypes."""
 
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,8 @@ class SwAV(Method):
         self.projector = Projector(mlp([levels[-1].channels, hidden, dim]))
         self.prototypes = Prototypes(dim, prototypes)
         self.queues = nn.ModuleList(Queue(dim, queue) for _ in range(2 if queue else 0))
-        self.options = {"temperature": temperature, "epsilon": epsilon, "iterations": iterations}
+        self.length = queue
+        self.criterion = partial(swav, temperature=temperature, epsilon=epsilon, iterations=iterations)
         self.frozen = frozen
         self.known: Tensor
         self.register_buffer("known", torch.zeros((), dtype=torch.long))  # embeddings that the queues have been given
@@ -51,19 +53,22 @@ class SwAV(Method):
         return self.projector(features)  # type: ignore[no-any-return]
 
     def loss(self, outputs: list[Tensor], targets: Any) -> Tensor:  # noqa: ARG002
-        return swav(self.prototypes(torch.stack(outputs)), past=self._past(), **self.options)
+        return self.criterion(self.prototypes(torch.stack(outputs)), past=self._past())
 
     @torch.no_grad()
     def _past(self) -> Tensor | None:
         """What the prototypes say of the queues, (2, Q, K); None while they are not full."""
-        if not self.queues or self.known < len(self.queues[0].rows):
+        if not self.queues or self.known < self.length:
             return None
-        return self.prototypes(torch.stack([queue() for queue in self.queues]))  # type: ignore[no-any-return]
+        return self.prototypes(torch.stack([queue() for queue in self._queues()]))  # type: ignore[no-any-return]
 
     def observe(self, outputs: list[Tensor], targets: Any) -> None:  # noqa: ARG002
-        for queue, rows in zip(self.queues, outputs, strict=False):
+        for queue, rows in zip(self._queues(), outputs, strict=False):
             queue.push(rows)
         self.known += len(outputs[0]) * world_size()
+
+    def _queues(self) -> list[Queue]:
+        return cast(list[Queue], list(self.queues))
 
     def before_step(self) -> None:
         if self.progress < self.frozen:
