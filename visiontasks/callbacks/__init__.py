@@ -1,18 +1,24 @@
 """What watches a run."""
 
 from visiontasks.callbacks.checkpoints import best_checkpoint, last_checkpoint
+from visiontasks.callbacks.collapse import CollapseWarning
+from visiontasks.callbacks.embeddings import EmbeddingPictures
 from visiontasks.callbacks.metrics_file import MetricsFile
 from visiontasks.callbacks.optional import early_stopping, ema, progress_bar, swa
 from visiontasks.callbacks.pictures import ClassBars, ConfusionMatrix, ContactSheets, LearningCurves, PrecisionRecall
+from visiontasks.callbacks.probes import Probes
 from visiontasks.callbacks.report import Report
 
 __all__ = [
     "ClassBars",
+    "CollapseWarning",
     "ConfusionMatrix",
     "ContactSheets",
+    "EmbeddingPictures",
     "LearningCurves",
     "MetricsFile",
     "PrecisionRecall",
+    "Probes",
     "Report",
     "best_checkpoint",
     "early_stopping",

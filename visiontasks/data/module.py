@@ -199,17 +199,18 @@ class DataModule(LightningDataModule):
         """Every image of `test_split` exactly once, in order, through the evaluation transform."""
         return self._loader(self.test_split, train=False)
 
-    def probe_dataloader(self) -> DataLoader[Any]:
-        """At most `probe_images` training images, drawn by the seed, once each through the evaluation transform.
+    def probe_dataloader(self, split: str = "train", *, images: int | None = None) -> DataLoader[Any]:
+        """At most `images` (None: `probe_images`) of a split, drawn by the seed, once each, without views.
 
-        The bank of a nearest-neighbour classifier, with the annotations that are selected, "index" counting from 0 in
-        the bank; each process sees its own part, as in evaluation. It may be gone through at any time: its bad files
-        are counted with the next training batch.
+        Those of training, through the evaluation transform, are the bank of a nearest-neighbour classifier. They have
+        the annotations that are selected, "index" counting from 0 in the bank; each process sees its own part, as in
+        evaluation. It may be gone through at any time: its bad files are counted with the next training batch.
         """
         self.setup()
-        source = self._decoded("train", shrink=True)
-        drawn = np.random.default_rng([self.seed, len(source)]).permutation(len(source))[: self.probe_images]
-        return self._evaluation_loader(Subset(source, np.sort(drawn)), "train", views=False)
+        source = self._decoded(split, shrink=split == "train")
+        most = self.probe_images if images is None else images
+        drawn = np.random.default_rng([self.seed, len(source)]).permutation(len(source))[:most]
+        return self._evaluation_loader(Subset(source, np.sort(drawn)), split, views=False)
 
     def test_name(self, index: int) -> str:
         """What a person calls an image of the test loader."""
