@@ -31,6 +31,7 @@ python train.py [group=choice ...] [key=value ...]
   python train.py -m backbone=resnet18,resnet34                one run for each
   python train.py --cfg job                                    prints the composed config, every key
 """
+PROBED = ("val/knn", "val/knn_200", "val/linear")  # what callbacks.Probes measures
 
 
 def main() -> None:
@@ -78,6 +79,7 @@ def train(composed: "DictConfig") -> float:
     data = build_data(config)
     data.select(*_annotations(config))
     data.setup()
+    config = monitoring(composed, config, labelled="label" in data.keys)
     if config["task"].get("class_weights") == "balanced":
         config["task"]["class_weights"] = data.class_weights()
     task = build_task(config, classes=data.target_classes)
@@ -102,6 +104,18 @@ def _annotations(config: "Config") -> tuple[frozenset[str], frozenset[str]]:
 
     task: type[Task] = get_class(config["task"]["_target_"])
     return task.required(get_class(config["head"]["_target_"])), task.wants
+
+
+def monitoring(composed: "DictConfig", config: "Config", *, labelled: bool) -> "Config":
+    """The config, watching val/loss and saying so where it would watch what nobody is there to measure."""
+    from visiontasks.cli.build import plain
+
+    monitor = config["task"]["monitor"]
+    if monitor not in PROBED or (labelled and (config.get("callbacks") or {}).get("probes")):
+        return config
+    print(f"monitor    val/loss: {monitor} is measured on labels, by watch=probes", flush=True)
+    composed.task.monitor, composed.task.mode = "val/loss", "min"
+    return plain(composed)
 
 
 def resume_from(resume: str | None, folder: Path) -> Path | None:
