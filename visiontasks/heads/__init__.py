@@ -16,9 +16,13 @@ if TYPE_CHECKING:
     from visiontasks.heads.fpn import FPN
     from visiontasks.heads.lraspp import LRASPP
     from visiontasks.heads.pretraining.byol import BYOL, SimSiam
+    from visiontasks.heads.pretraining.colorization import Colorization
     from visiontasks.heads.pretraining.dino import DINO
+    from visiontasks.heads.pretraining.inpainting import Inpainting
+    from visiontasks.heads.pretraining.jigsaw import Jigsaw
     from visiontasks.heads.pretraining.moco import MoCo, MoCoV3
     from visiontasks.heads.pretraining.redundancy import BarlowTwins, VICReg
+    from visiontasks.heads.pretraining.rotation import Rotation
     from visiontasks.heads.pretraining.simclr import SimCLR
     from visiontasks.heads.pretraining.swav import SwAV
     from visiontasks.heads.segformer import SegFormerMLP
@@ -35,14 +39,18 @@ __all__ = [
     "SSD",
     "VGG",
     "BarlowTwins",
+    "Colorization",
     "DeepLabV3",
     "DeepLabV3Plus",
     "FasterRCNN",
+    "Inpainting",
+    "Jigsaw",
     "Linear",
     "MaskRCNN",
     "MoCo",
     "MoCoV3",
     "RetinaNet",
+    "Rotation",
     "SegFormerMLP",
     "SimCLR",
     "SimSiam",
@@ -55,6 +63,7 @@ __all__ = [
 _MODULES = {
     "BYOL": "pretraining.byol",
     "BarlowTwins": "pretraining.redundancy",
+    "Colorization": "pretraining.colorization",
     "DINO": "pretraining.dino",
     "DeepLabV3": "deeplab",
     "DeepLabV3Plus": "deeplab",
@@ -62,11 +71,14 @@ _MODULES = {
     "FCOS": "detection.fcos",
     "FPN": "fpn",
     "FasterRCNN": "detection.faster_rcnn",
+    "Inpainting": "pretraining.inpainting",
+    "Jigsaw": "pretraining.jigsaw",
     "LRASPP": "lraspp",
     "MaskRCNN": "detection.mask_rcnn",
     "MoCo": "pretraining.moco",
     "MoCoV3": "pretraining.moco",
     "RetinaNet": "detection.retinanet",
+    "Rotation": "pretraining.rotation",
     "SSD": "detection.ssd",
     "SegFormerMLP": "segformer",
     "SimCLR": "pretraining.simclr",

@@ -195,7 +195,9 @@ class Pretraining(Task):
             set_weight_decay(optimizer, self.final_weight_decay, self._progress())
 
     def _progress(self) -> float:
-        """The share of the optimiser's steps that is behind."""
+        """The share of the optimiser's steps that is behind; 0 without a trainer."""
+        if self._trainer is None:
+            return 0.0
         return self.global_step / max(1.0, self.trainer.estimated_stepping_batches)
 
     def predictions(self, raw: Tensor) -> list[Prediction]:
@@ -203,16 +205,28 @@ class Pretraining(Task):
 
     def truths(self, batch: Batch) -> list[Prediction]:
         views = [list(same) for same in zip(*(view.cpu() for view in batch["views"]), strict=True)]
-        return [{"views": each} for each in views]
+        return [{"views": each, "index": index} for each, index in zip(views, batch["index"].tolist(), strict=True)]
 
     def errors(self, raw: Tensor, batch: Batch) -> Tensor:  # noqa: ARG002
         """Zeros: no embedding is wrong by itself."""
         return raw.new_zeros(len(raw))
 
     def draw(self, axes: Axes, image: Tensor, prediction: Prediction, truth: Prediction | None) -> None:  # noqa: ARG002
-        """Draws the image and, to its right, the views of it."""
-        shown = [image, *(truth["views"] if truth else [])]
-        axes.imshow(side_by_side([each.permute(1, 2, 0).numpy() for each in shown]))
+        """Draws the image and, to its right, the views of it, or where the method shows more, what it answers."""
+        shown, title = ([], "") if truth is None else (truth["views"], "")
+        if truth is not None and self.head.pictured:
+            shown, title = self._answered(**truth)
+        axes.imshow(side_by_side([each.permute(1, 2, 0).numpy() for each in (image, *shown)]))
+        axes.set_title(title)
+
+    @torch.no_grad()
+    def _answered(self, views: list[Tensor], index: int) -> tuple[list[Tensor], str]:
+        """What the method shows of one image as an evaluation sees it, uint8 (3, h, w) each, and a title."""
+        keys = image_keys(torch.tensor([index], device=self.device), seed=self.seed, epoch=_EVALUATION)
+        pixels, targets = self.head.prepare([view[None].to(self.device) for view in views], keys)
+        outputs = self._answers(self.backbone, self.head, [self.images({"image": image}) for image in pixels])
+        shown, title = self.head.picture(pixels, outputs, targets)
+        return [image.clamp(0, 255).round().byte().cpu() for image in shown], title
 
     def finish(self, lines: list[Prediction], folder: Path) -> None:
         """Writes embeddings.npy, (N, C) float32, a row for each line of predictions.jsonl that has one, in order."""

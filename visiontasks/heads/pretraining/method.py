@@ -30,6 +30,7 @@ class Method(nn.Module):
     student_views: ClassVar[slice] = slice(None)
     teacher_views: ClassVar[slice] = slice(2)
     figures: ClassVar[tuple[str, ...]] = ()  # what `measure` measures
+    pictured: ClassVar[bool] = False  # `picture` shows more than the views
 
     momentum: float | None = None  # of the teacher; None: there is none
     final_momentum: float = 1.0  # what it rises to along half a cosine
@@ -51,7 +52,7 @@ class Method(nn.Module):
         """What the backbone is to see, and what is known of it.
 
         Shapes: views, a list of uint8 (B, 3, h, w); keys (B,) int64, one an image and an epoch, for
-        `heads.pretraining.draws.draws`. Returns images of values from 0 to 255, of any number and size, in the same
+        `heads.pretraining.draws.draws`. Returns images on the scale of 0 to 255, of any number and size, in the same
         layout, and targets as `loss` takes them.
         """
         return views, None
@@ -74,6 +75,10 @@ class Method(nn.Module):
     def measure(self, outputs: list[Tensor], targets: Any) -> Tensor:  # noqa: ARG002
         """Sums and counts (F, 2) of the `figures` of an evaluation batch."""
         return outputs[0].new_zeros(len(self.figures), 2)
+
+    def picture(self, inputs: list[Tensor], outputs: list[Tensor], targets: Any) -> tuple[list[Tensor], str]:
+        """What one image was made to and what was said of it, images (3, h, w) from 0 to 255, and a title."""
+        raise NotImplementedError
 
     def before_step(self) -> None:
         """Changes gradients before the optimiser uses them."""
