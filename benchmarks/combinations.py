@@ -5,13 +5,18 @@ python benchmarks/combinations.py > docs/combinations.md     each cell is a test
 
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 
 from visiontasks.cli.command_line import CONF, choices
 from visiontasks.contracts import Backbone, UsageError
 
-HEADS = sorted(set(choices("head")) - set(choices("task")))
+CHOSEN = {name: OmegaConf.load(CONF / "head" / f"{name}.yaml") for name in choices("head")}
+HEADS = [  # but for aliases, and those of pretraining, which docs/pretraining.md lists
+    name
+    for name, chosen in CHOSEN.items()
+    if "_target_" in chosen and get_class(chosen["_target_"]).serves != "pretraining"
+]
 
 
 def backbone(name: str) -> Backbone:
@@ -33,7 +38,7 @@ def row(name: str) -> str:
 def scores(made: Backbone, head: str) -> str:
     """'yes' once the head has answered two images through the network, 'no' where it refuses the network's strides."""
     try:
-        module = instantiate(OmegaConf.load(CONF / "head" / f"{head}.yaml"))(levels=made.levels, num_classes=3)
+        module = instantiate(CHOSEN[head])(levels=made.levels, num_classes=3)
     except UsageError:
         return "no"
     module.eval()(made.eval()(torch.rand(2, 3, 64, 64)))

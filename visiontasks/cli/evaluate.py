@@ -37,7 +37,8 @@ def evaluate(composed: "DictConfig") -> None:
     data = build_data(config)
     data.select(task.needs, task.wants)
     data.setup()
-    check_classes(task.classes, data.target_classes)
+    if task.needs:
+        check_classes(task.classes, data.target_classes)
     data.test_split = config["split"]
     trainer = build_trainer(config, folder=folder)
     if trainer.is_global_zero:
