@@ -148,6 +148,7 @@ def test_files_are_found_by_the_word_of_the_split(tmp_path: Path, places: dict[s
     assert data.sizes() == {"train": 4, "val": 4, "test": 4}
     word = "valid" if "valid" in places["val"] else "val2017"
     assert all(f"/{word}/" in data.source("val").name(index) for index in range(4))
+    assert set(data.origins()) == {f"{tmp_path / 'root' / place} ({split})" for split, place in places.items()}
 
 
 def test_two_files_that_could_be_meant(tmp_path: Path) -> None:

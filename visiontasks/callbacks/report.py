@@ -132,6 +132,7 @@ def introduction(trainer: Trainer, module: Any) -> list[str]:
     parts = f"{data.batch_size} x {world_size()} processes x {accumulated} accumulated"
     return [
         f"data       {type(data).__name__}: {sizes}{repeated}",
+        *(f"           from {line}" for line in data.origins()),
         f"classes    {len(module.classes)}: {classes}",
         f"network    {network_name(module)}, {parameters / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained",
         f"batch      {batch} ({parts})",
@@ -162,10 +163,17 @@ def peak_memory() -> float:
 
 
 def table(metrics: dict[str, float]) -> str:
-    """The figures as aligned lines, test before validation."""
-    rows = sorted(metrics.items(), key=lambda item: (not item[0].startswith("test/"), item[0]))
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"  {name:<{width}}  {value:.4f}" for name, value in rows)
+    """The figures, named split/figure, as aligned lines with a column for each split, test first."""
+    splits = sorted({name.partition("/")[0] for name in metrics})
+    names = sorted({name.partition("/")[2] for name in metrics})
+    rows = [[name, *(_cell(metrics.get(f"{split}/{name}")) for split in splits)] for name in names]
+    width = max(map(len, names))
+    lines = [["", *(f"{split}/" for split in splits)], *rows]
+    return "\n".join(f"  {name:<{width}}" + "".join(f"{cell:>10}" for cell in cells) for name, *cells in lines)
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:

@@ -64,6 +64,10 @@ class CocoJson(ObjectData):
             raise UsageError(f"data.annotations is not given, {', '.join(given)} is: type data.annotations=FILE too")
         return given or _found(self.root)
 
+    def origins(self) -> list[str]:
+        """The annotation file of each split that has one."""
+        return [f"{path} ({split})" for split, path in self.files().items()]
+
     def _folder(self, path: Path, data: Mapping[str, Any]) -> Path:
         if self.images is not None:
             return self.root / self.images

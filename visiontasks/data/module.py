@@ -173,6 +173,10 @@ class DataModule(LightningDataModule):
         """Number of images in each split."""
         return {split: len(source) for split, source in self._sources.items()}
 
+    def origins(self) -> list[str]:
+        """The files that annotations were read from, where they were chosen among several."""
+        return []
+
     def class_counts(self) -> NDArray[np.int64]:
         """Pixels of each of `target_classes` in the training masks, (K,); ignored pixels count nowhere.
 

@@ -245,7 +245,8 @@ class Detection(Task):
             colour = _WRONG if fault else _RIGHT
             axes.add_patch(_frame(box, edgecolor=colour, linewidth=1.2))
             label = {"facecolor": colour, "edgecolor": "none", "pad": 0.6}
-            axes.text(box[0], box[1], f"{name} {score:.0%}", fontsize=5, color="white", va="bottom", bbox=label, clip_on=True)
+            look: dict[str, Any] = {"fontsize": 5, "color": "white", "va": "bottom", "clip_on": True}
+            axes.text(box[0], box[1], f"{name} {score:.0%}", bbox=label, **look)
 
     def _tensors(self, plain: Prediction) -> Found:
         positions = {name: index for index, name in enumerate(self.classes)}
