@@ -26,7 +26,7 @@ def test_each_gauge_warns_once(capsys: pytest.CaptureFixture[str]) -> None:
     validated(callback, FINE | {"val/feature_std": 0.01}, epoch=3)
     (line,) = capsys.readouterr().out.splitlines()
     assert "Collapse in epoch 3" in line
-    assert "val/feature_std is 0.01, below 0.05" in line
+    assert "val/feature_std is 0.01, below 0.15" in line
     validated(callback, FINE | {"val/feature_std": 0.02}, epoch=4)
     assert capsys.readouterr().out == ""
     validated(callback, {"val/feature_std": 0.02, "val/effective_rank": 1.2}, epoch=5)

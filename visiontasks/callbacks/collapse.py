@@ -13,12 +13,14 @@ FIGURES = {
 class CollapseWarning(Callback):
     """Warns, once for each gauge and again in summary.json, when a validation finds the features collapsed.
 
-    The gauges are those that the task logs (visiontasks.tasks.collapse). feature_std is 1 for features in all
-    directions and 0 for a point; pooled features behind a ReLU are never negative, and good ones lie at 0.2 to 0.7.
-    effective_rank counts directions, of which K classes want about K. Fresh backbones are above both limits.
+    The gauges are those of the backbone's pooled features (visiontasks.tasks.collapse). feature_std is 1 for features
+    in all directions and 0 for a point; behind a ReLU features are never negative and stay below 1. Batch norms keep a
+    backbone's features apart where embeddings have long become one point: a ResNet-20 on digits then stood at 0.115,
+    under SimCLR at 0.27, so that the limit lies between. effective_rank counts directions: 1 is a line, and fewer
+    than 2 tell no classes apart; it fell by a quarter only, from 14 to 11, in the same collapse.
     """
 
-    def __init__(self, *, feature_std: float = 0.05, effective_rank: float = 2.0) -> None:
+    def __init__(self, *, feature_std: float = 0.15, effective_rank: float = 2.0) -> None:
         self.limits = {"val/feature_std": feature_std, "val/effective_rank": effective_rank}
         self.warnings: dict[str, str] = {}  # the sentence for each gauge
 

@@ -37,7 +37,7 @@ class EmbeddingPictures(Callback):
         self.images = images
         self.queries = queries
         self.nearest = nearest
-        self.thumbnail = thumbnail  # pixels a side in the map
+        self.thumbnail = thumbnail  # least pixels a side in the map; few images get up to twice as many
 
     def on_train_end(self, trainer: Trainer, module: Any) -> None:
         data: Any = getattr(trainer, "datamodule")  # noqa: B009
@@ -53,8 +53,9 @@ class EmbeddingPictures(Callback):
 
     def _map(self, seen: Rows, data: Any, classes: tuple[str, ...], path: Path) -> None:
         places = flattened(seen.features)
-        shown = apart(places, self.thumbnail * 1.3 / (INCHES * DPI))
-        pictures = {row: thumbnail(data, int(seen.index[row]), self.thumbnail) for row in shown}
+        side = min(2 * self.thumbnail, max(self.thumbnail, int(0.8 * INCHES * DPI / len(places) ** 0.5)))
+        shown = apart(places, side * 1.25 / (INCHES * DPI))
+        pictures = {row: thumbnail(data, int(seen.index[row]), side) for row in shown}
         labels = None if seen.labels is None else seen.labels.tolist()
         draw_map(places, pictures, labels, classes, path)
 
@@ -147,14 +148,15 @@ def draw_map(
     dots = [row for row in range(len(places)) if row not in pictures]
     axes.scatter(places[dots, 0], places[dots, 1], c=[colours[row] for row in dots], s=14, alpha=0.55, linewidths=0)
     for row, picture in pictures.items():
-        frame = {"edgecolor": colours[row], "linewidth": 1.8, "boxstyle": "square,pad=0"}
+        frame = {"edgecolor": colours[row], "linewidth": 2.4, "boxstyle": "square,pad=0"}
         image = OffsetImage(picture, zoom=72 / DPI)
         axes.add_artist(AnnotationBbox(image, tuple(places[row]), pad=0, bboxprops=frame))
     axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xticks=[], yticks=[], aspect="equal", frame_on=False)
     axes.set_title(f"{len(places):,} validation images: near each other where their features are alike (t-SNE)")
     if labels is not None and len(classes) <= EXPLAINED:
         patches = [Patch(color=colour, label=name) for colour, name in zip(palette(len(classes)), classes, strict=True)]
-        figure.legend(handles=patches, loc="outside lower center", ncols=min(10, len(patches)), frameon=False)
+        fitting = max(1, int(INCHES / (0.65 + 0.1 * max(map(len, classes)))))
+        figure.legend(handles=patches, loc="outside lower center", ncols=min(fitting, len(patches)), frameon=False)
     figure.savefig(path, dpi=DPI)
 
 
