@@ -141,8 +141,14 @@ def test_random_sets_score_as_pycocotools_says(seed: int) -> None:
     truth, found = random_set(seed)
     if not found:
         pytest.skip("pycocotools cannot load a set without detections")
-    metric, labels = AveragePrecision(3), {1: 0, 2: 1, 3: 2}
-    for image in range(6):
+    scores_as_pycocotools_says(truth, found)
+
+
+def scores_as_pycocotools_says(truth: dict[str, Any], found: list[dict[str, Any]]) -> None:
+    """Compares all twelve numbers."""
+    labels = {row["id"]: index for index, row in enumerate(truth["categories"])}
+    metric = AveragePrecision(len(labels))
+    for image in (row["id"] for row in truth["images"]):
         objects, detections = (
             [row for row in rows if row["image_id"] == image] for rows in (truth["annotations"], found)
         )
@@ -155,6 +161,48 @@ def test_random_sets_score_as_pycocotools_says(seed: int) -> None:
     for name, value in zip(ORDER, pycocotools_says(truth, found, "bbox"), strict=True):
         expected = pytest.approx(value, abs=1e-6) if value >= 0 else pytest.approx(math.nan, nan_ok=True)
         assert figures[name].item() == expected, name
+
+
+def from_text(objects: Path, detections: Path, *, corners: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Rows of name, score where it was detected, and four numbers of a box; a file an image."""
+    stems = sorted({path.stem for folder in (objects, detections) for path in folder.glob("*.txt")})
+    rows = [
+        (image, folder is detections, line.split())
+        for image, stem in enumerate(stems)
+        for folder in (objects, detections)
+        for line in ((folder / f"{stem}.txt").read_text().splitlines() if (folder / f"{stem}.txt").is_file() else [])
+    ]
+    names = sorted({words[0] for _, _, words in rows})
+    annotations: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = []
+    for image, detected, words in rows:
+        x, y, right, bottom = map(float, words[1 + detected : 5 + detected])
+        box = [x, y, right - x, bottom - y] if corners else [x, y, right, bottom]
+        row = {"image_id": image, "category_id": names.index(words[0]), "bbox": box}
+        if detected:
+            found.append(row | {"score": float(words[1])})
+        else:
+            annotations.append(row | {"id": len(annotations) + 1, "area": box[2] * box[3], "iscrowd": 0})
+    categories = [{"id": index, "name": name} for index, name in enumerate(names)]
+    images = [{"id": image} for image in range(len(stems))]
+    return {"images": images, "annotations": annotations, "categories": categories}, found
+
+
+@pytest.mark.parametrize(
+    ("objects", "detections", "corners"),
+    [
+        ("cartucho/input/ground-truth", "cartucho/input/detection-results", True),
+        ("samples/sample_2/groundtruths", "samples/sample_2/detections", False),
+    ],
+)
+def test_sets_of_other_evaluators_score_as_pycocotools_says(
+    shared_data: Path, objects: str, detections: str, corners: bool
+) -> None:
+    folder = shared_data / "map_crosscheck"
+    truth, found = from_text(folder / objects, folder / detections, corners=corners)
+    assert truth["annotations"]
+    assert found
+    scores_as_pycocotools_says(truth, found)
 
 
 def boxes(*rows: tuple[float, ...]) -> Tensor:
