@@ -1,6 +1,8 @@
 """Pretraining through the real entry points."""
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,7 @@ from visiontasks.cli import train
 from visiontasks.cli.build import load_task
 from visiontasks.data import DigitScenes
 
+ROOT = Path(__file__).parents[2]
 TINY = (
     "task=pretraining",
     "backbone=resnet20",
@@ -126,3 +129,22 @@ def test_every_method_runs_on_its_papers_views(head: str, call: Callable[..., No
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert np.isfinite(summary["test/loss"])
     assert summary["test/feature_std"] > 0
+
+
+@pytest.mark.exhaustive
+def test_two_processes_pretrain_as_one(tmp_path: Path) -> None:
+    settings = ["head=byol", "head.hidden=32", "optimizer=sgd", "optimizer.lr=0.01", "trainer.precision=32"]
+    summaries = []
+    for name, words in {
+        "one": ["trainer=cpu", "data.batch_size=16"],
+        "two": ["trainer=ddp_cpu", "data.batch_size=8"],
+    }.items():
+        command = [sys.executable, "train.py", *TINY, *settings, *words, f"hydra.run.dir={tmp_path / name}"]
+        limited = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=limited, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        summaries.append(json.loads((tmp_path / name / "summary.json").read_text()))
+    one, two = summaries
+    assert (one["processes"], two["processes"]) == (1, 2)
+    for figure in ("val/loss", "val/feature_std", "val/uniformity", "val/knn", "test/alignment", "test/loss"):
+        assert two[figure] == pytest.approx(one[figure], rel=1e-3), figure
