@@ -14,6 +14,7 @@ from torch import Tensor
 from visiontasks.cli.build import PARTS, build_task
 from visiontasks.cli.command_line import CONF, choices
 from visiontasks.contracts import UsageError
+from visiontasks.heads import Jigsaw
 from visiontasks.tasks.base import Task
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +42,7 @@ SMALL = {
     "vicreg": ["head.dim=64"],
     "swav": ["head.hidden=64"],
     "dino": ["head.hidden=64", "head.outputs=64"],
+    "jigsaw": ["head.permutations=9", "head.hidden=64"],
 }
 USUAL = {"pretraining": {"byol"}}  # of a task with many heads, those that stand for the others
 
@@ -74,7 +76,8 @@ def step(task: Task) -> float:
         "masks": [regions, regions[:0], regions[1:], regions[2:]],
     }
     views = getattr(task.head, "fewest", 0)
-    batch |= {"views": [torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8) for _ in range(views)]}
+    side = 128 if isinstance(task.head, Jigsaw) else 64
+    batch |= {"views": [torch.randint(0, 256, (4, 3, side, side), dtype=torch.uint8) for _ in range(views)]}
     optimizer = torch.optim.SGD(task.parameters(), lr=0.1)
     task.train()
     loss: Tensor = task.training_step(batch, 0)

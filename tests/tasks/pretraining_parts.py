@@ -21,6 +21,12 @@ SMALL: dict[str, dict[str, Any]] = {
     "SwAV": {"hidden": 16, "dim": 8, "prototypes": 10},
     "DINO": {"hidden": 16, "dim": 12, "outputs": 20},
 }
+PRETEXTS: dict[str, dict[str, Any]] = {
+    "Rotation": {},
+    "Jigsaw": {"permutations": 20, "width": 8, "hidden": 32, "gap": 0.0},
+    "Colorization": {"width": 16},
+    "Inpainting": {"width": 16},
+}
 SIDE = 12
 
 
@@ -45,7 +51,7 @@ class Tiny(Backbone):
 
 def maker(name: str, **options: Any) -> Any:
     """What makes a tiny method of a backbone's levels."""
-    return partial(getattr(heads, name), **(SMALL[name] | options))
+    return partial(getattr(heads, name), **((SMALL | PRETEXTS)[name] | options))
 
 
 def batch(index: Iterable[int], *, views: int = 2) -> Batch:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
-from tests.tasks.pretraining_parts import SMALL, Tiny, batch, maker
+from tests.tasks.pretraining_parts import PRETEXTS, SMALL, Tiny, batch, maker
 from visiontasks.contracts import Batch
 from visiontasks.layers.batch_norm import ProcessBatchNorms
 from visiontasks.layers.distributed import alone, rank, world_size
@@ -19,6 +19,7 @@ from visiontasks.tasks import Pretraining
 
 IMAGES = 8
 Found = dict[str, Tensor]
+VIEWS = {"SwAV": 3, "DINO": 3} | dict.fromkeys(PRETEXTS, 1)
 OPTIONS: dict[str, dict[str, Any]] = {"SwAV": {"queue": 8}}
 
 
@@ -47,7 +48,7 @@ def learnt(name: str, *, checkpointing: bool = False) -> Found:
     for step in range(3):
         optimizer.zero_grad()
         start = step * IMAGES + rank() * each
-        model(batch(range(start, start + each), views=3 if name in {"SwAV", "DINO"} else 2)).backward()
+        model(batch(range(start, start + each), views=VIEWS.get(name, 2))).backward()
         learner.task.head.before_step()
         gradients = {key: value.grad.clone() for key, value in learner.named_parameters() if value.grad is not None}
         optimizer.step()
@@ -79,7 +80,7 @@ def measure(process: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=process, world_size=2)
     errors = {}
-    for name, checkpointing in [*((name, False) for name in SMALL), ("SimCLR", True), ("BYOL", True)]:
+    for name, checkpointing in [*((name, False) for name in SMALL | PRETEXTS), ("SimCLR", True), ("BYOL", True)]:
         found = learnt(name, checkpointing=checkpointing)
         with alone():
             expected = learnt(name)
@@ -107,6 +108,13 @@ def test_two_processes_learn_and_keep_what_one_does(name: str, errors: Any) -> N
     for found in errors:
         wrong = {key: error for key, error in found[name, False].items() if not error < 1e-9}
         assert not wrong
+
+
+@pytest.mark.parametrize("name", PRETEXTS)
+def test_so_they_do_where_images_are_altered(name: str, errors: Any) -> None:
+    for found in errors:
+        wrong = {key: error for key, error in found[name, False].items() if not error < 1e-6}
+        assert not wrong  # targets and cross-entropy are in float32
 
 
 @pytest.mark.parametrize("name", ["SimCLR", "BYOL"])

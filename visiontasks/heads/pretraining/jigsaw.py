@@ -18,16 +18,16 @@ from visiontasks.heads.pretraining.pretext import Recognition
 
 SIDE = 3
 TILES = SIDE * SIDE
-GREY, SPREAD = 128.0, 64.0  # mean and standard deviation of every tile's channels
+GREY, SPREAD = 128.0, 64.0  # mean of every tile's channels, and standard deviation of its values from it
 
 
 class Jigsaw(Recognition):
     """Says from nine tiles, each seen by itself, which of a set of permutations they were laid out by.
 
     Noroozi and Favaro 2016, arXiv 1603.09246: the image is cut into 3 x 3 cells, from each of which a smaller tile is
-    taken at a random place, so that edges do not tell what was beside what, and each tile's channels get the same mean
-    and deviation. A tile's side is the largest multiple of the backbone's coarsest stride that leaves the share `gap`
-    of its cell; the paper has 64 of 75 pixels. width is that of a tile's features, hidden that of what joins them.
+    taken at a random place, so that edges do not tell what was beside what, and each tile gets the same mean colour and
+    deviation. A tile's side is the largest multiple of the backbone's coarsest stride that leaves a share `gap` of the
+    cell; the paper has 64 of 75 pixels. width is that of a tile's features, hidden that of what joins them.
     Shapes: a pyramid of 9 B tiles to (B, permutations). Raises UsageError where cells are too small for the stride,
     permutations are not 2 to 9!, or gap is not a share below 1.
     """
@@ -46,7 +46,7 @@ class Jigsaw(Recognition):
         super().__init__()
         if not 0 <= gap < 1:
             raise UsageError(f"gap={gap} is no share of a cell that a tile can leave: type head.gap=0.125.")
-        self.register_buffer("order", torch.from_numpy(distant_permutations(permutations)))  # (P, 9)
+        self.register_buffer("order", torch.tensor(distant_permutations(permutations)))  # (P, 9)
         self.stride = levels[-1].stride
         self.gap = gap
         self.tile = nn.Sequential(nn.Linear(levels[-1].channels, width), nn.ReLU())
@@ -103,9 +103,10 @@ def cut(images: Tensor, corner: Tensor, sides: list[int]) -> Tensor:
 
 
 def levelled(tiles: Tensor) -> Tensor:
-    """Tiles (..., h, w) of mean GREY and, unless they are nearly even, of standard deviation SPREAD."""
-    deviation, mean = torch.std_mean(tiles.float(), dim=(-2, -1), correction=0, keepdim=True)
-    return GREY + SPREAD * (tiles - mean) / deviation.clamp(min=1)
+    """Tiles (..., C, h, w) whose channels have the mean GREY; unless nearly even, their values deviate by SPREAD."""
+    around = tiles - tiles.float().mean(dim=(-2, -1), keepdim=True)  # (..., C, h, w)
+    deviation = around.square().mean(dim=(-3, -2, -1), keepdim=True).sqrt()  # (..., 1, 1, 1)
+    return GREY + SPREAD * around / deviation.clamp(min=1)
 
 
 def laid_out(tiles: Tensor, gap: int = 1) -> Tensor:

@@ -1,6 +1,7 @@
 """CIE Lab for batches on any device, and the colours of the sRGB gamut on a grid of a and b."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import product
 
 import numpy as np
@@ -60,11 +61,7 @@ class ColourBins(nn.Module):
     def __init__(self, *, grid: int = 10, neighbours: int = 5, sigma: float = 5.0) -> None:
         super().__init__()
         self.sigma = sigma
-        with torch.device("cpu"):
-            centres = _gamut(grid)
-            units = torch.cartesian_prod(*[torch.arange(-REACH, REACH + 1).float()] * 2)  # (221 * 221, 2)
-            far = (units[:, None] - centres).square().sum(dim=2)  # (221 * 221, K)
-            table = far.sort(dim=1, stable=True).indices[:, :neighbours]
+        centres, table = _bins(grid, neighbours)
         self.register_buffer("centres", centres, persistent=False)
         self.register_buffer("table", table, persistent=False)
 
@@ -83,6 +80,16 @@ class ColourBins(nn.Module):
         """The annealed mean of what is said of each pixel, section 2.3. Shapes: (B, K, h, w) to (B, 2, h, w)."""
         shares = (logits.float() / temperature).softmax(dim=1)
         return (shares[:, :, None] * self.centres[:, :, None, None]).sum(dim=1)
+
+
+@lru_cache(maxsize=4)
+def _bins(grid: int, neighbours: int) -> tuple[Tensor, Tensor]:
+    """The bins (K, 2), and which are nearest to each whole a and b, (221 * 221, N)."""
+    with torch.device("cpu"):
+        centres = _gamut(grid)
+        units = torch.cartesian_prod(*[torch.arange(-REACH, REACH + 1).float()] * 2)  # (221 * 221, 2)
+        far = (units[:, None] - centres).square().sum(dim=2)  # (221 * 221, K)
+        return centres, far.sort(dim=1, stable=True).indices[:, :neighbours].clone()
 
 
 def _gamut(grid: int) -> Tensor:
