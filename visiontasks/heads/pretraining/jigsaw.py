@@ -121,8 +121,9 @@ def distant_permutations(count: int) -> NDArray[np.uint8]:
     """Permutations of nine tiles that differ in many places, (count, 9), the same each time.
 
     Greedily, as in algorithm 1 of Noroozi and Favaro 2016, which takes what differs most on average from those before:
-    here what differs most from the nearest of them, and of such what does on average. 100 differ in at least 6 places,
-    1000 in 5, where the paper has 2, and on average in 8 as there. Raises UsageError where count is not 2 to 9!.
+    here what differs most from the nearest of them, and of such what does on average. So 100 differ in at least 6 places
+    and 1000 in 5, where by the average alone it is 4 and 2, and in 8 on average. Raises UsageError where count is not
+    2 to 9!.
     """
     if not 2 <= count <= factorial(TILES):
         raise UsageError(f"Nine tiles have {factorial(TILES)} permutations, not {count}: type head.permutations=100.")
