@@ -95,7 +95,6 @@ def step(model: nn.Module, images: Sequence[int]) -> Step:
 
 
 def one_of_two(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     steps = {name: [step(DistributedDataParallel(Learner(name)), share[rank]) for share in SHARES] for name in SMALL}
     torch.save(steps, f"{folder}/{rank}.pt")
@@ -105,7 +104,10 @@ def one_of_two(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[Step]]]:
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(one_of_two, args=(str(folder),), nprocs=2)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a forked process must not wait for threads that it has not
+    mp.start_processes(one_of_two, args=(str(folder),), nprocs=2, start_method="fork")
+    torch.set_num_threads(threads)
     return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
 
 
