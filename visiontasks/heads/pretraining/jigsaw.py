@@ -122,8 +122,7 @@ def distant_permutations(count: int) -> NDArray[np.uint8]:
 
     Greedily, as in algorithm 1 of Noroozi and Favaro 2016, which takes what differs most on average from those before:
     here what differs most from the nearest of them, and of such what does on average. So 100 differ in 6 places or more
-    and 1000 in 5 or more, where by the average alone it is 4 and 2, and in 8 on average. Raises UsageError where count is not
-    2 to 9!.
+    and 1000 in 5 or more, by the average alone in 4 and 2. Raises UsageError where count is not 2 to 9!.
     """
     if not 2 <= count <= factorial(TILES):
         raise UsageError(f"Nine tiles have {factorial(TILES)} permutations, not {count}: type head.permutations=100.")
