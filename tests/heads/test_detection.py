@@ -163,6 +163,15 @@ def test_ssd_is_torchvisions_in_strides() -> None:
     assert_same_detections(detections, peer.eval()(images()), first=1)
 
 
+def test_narrow_branches_start_as_lively_as_the_papers() -> None:
+    carried = {}
+    for width in (32, 256):
+        head = RetinaNet(levels=LEVELS, num_classes=3, width=width).requires_grad_(False)
+        maps = torch.randn(4, width, 16, 16)
+        carried[width] = [part.conv(maps).std().item() for part in (head.classification_head, head.regression_head)]
+    np.testing.assert_allclose(carried[32], carried[256], rtol=0.5)  # a 64th with the paper's weights
+
+
 def two_stage_peer(head: Any, inputs: list[Tensor]) -> Any:
     regions = head.proposals(inputs)
     anchors = AnchorGenerator([[4 * stride] for stride in STRIDES], ((0.5, 1.0, 2.0),) * 5)
@@ -436,45 +445,81 @@ class Tiny(nn.Module):
         return maps
 
 
-@pytest.mark.parametrize("name", HEADS)
-def test_one_image_is_learnt(name: str) -> None:
-    backbone = Tiny()
-    head = make(name, backbone.levels)
+def scene() -> tuple[Tensor, Objects]:
+    """An image of noise (1, 3, 96, 96) with a red and a blue object."""
     boxes = torch.tensor([[8.0, 10, 40, 44], [50, 30, 90, 70]])
     masks = torch.zeros(2, 96, 96, dtype=torch.uint8)
     pixels = torch.randn(1, 3, 96, 96) * 0.1
     for mask, colour, (x1, y1, x2, y2) in zip(masks, (0, 2), boxes.int().tolist(), strict=True):
         mask[y1:y2, x1:x2] = 1
         pixels[:, colour, y1:y2, x1:x2] += 2
-    targets = [{"boxes": boxes, "labels": torch.tensor([0, 2]), "masks": masks}]
-    network = nn.ModuleList([backbone, head])
-    optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
-    for step in range(90):
-        terms = head.loss(head(backbone(pixels)), targets, keys=torch.tensor([step]))
+    return pixels, {"boxes": boxes, "labels": torch.tensor([0, 2]), "masks": masks}
+
+
+@torch.no_grad()
+def worst_overlap(backbone: nn.Module, head: Any, pixels: Tensor, truth: Objects) -> float:
+    """The least IoU, of boxes and masks, of the objects with the two best detections; 0 where a class is wrong."""
+    raw = head.eval()(backbone.eval()(pixels))
+    (found,) = head.detections(raw, score_threshold=0.3, nms_threshold=0.5, max_detections=10)
+    if len(found["boxes"]) < 2:
+        return 0.0
+    overlaps, best = box_iou(truth["boxes"], found["boxes"][:2]).max(dim=1)
+    if not torch.equal(found["labels"][best], truth["labels"]):
+        return 0.0
+    if "masks" in found:
+        seen, drawn = found["masks"][best].bool(), truth["masks"].bool()
+        overlaps = torch.cat([overlaps, (seen & drawn).sum((1, 2)) / (seen | drawn).sum((1, 2))])
+    return float(overlaps.min())
+
+
+def learn_one_image(name: str, backbone: Any, *, most: int) -> None:
+    """Trains until both objects are found in evaluation mode, for which it looks every 20 steps."""
+    for layer in backbone.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = 0.1  # MnasNet's, 0.0003, would take thousands of steps to know the image
+    head = make(name, backbone.levels, width=64, **({"hidden": 128} if name in TWO_STAGE else {}))
+    pixels, truth = scene()
+    parameters = [*backbone.parameters(), *head.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=1e-3, fused=True)
+    for step in range(1, most + 1):
+        terms = head.loss(head.train()(backbone.train()(pixels)), [truth], keys=torch.tensor([step]))
         optimizer.zero_grad()
         sum(total / count.clamp(min=1) for total, count in terms.values()).backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 10.0)
+        nn.utils.clip_grad_norm_(parameters, 10.0)
         optimizer.step()
-    with torch.no_grad():
-        raw = head(backbone(pixels))
-        (found,) = head.detections(raw, score_threshold=0.3, nms_threshold=0.5, max_detections=10)
-    overlaps = box_iou(boxes, found["boxes"][:2]).max(dim=1)
-    assert overlaps.values.min() > 0.8
-    assert found["labels"][overlaps.indices].tolist() == [0, 2]
-    if name == "mask_rcnn":
-        seen = found["masks"][overlaps.indices].bool()
-        assert ((seen & masks.bool()).sum((1, 2)) / (seen | masks.bool()).sum((1, 2))).min() > 0.8
+        if step % 20 == 0 and worst_overlap(backbone, head, pixels, truth) > 0.8:
+            return
+    pytest.fail(f"{name} has not learnt its image in {most} steps")
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_one_image_is_learnt(name: str) -> None:
+    torch.manual_seed(0)
+    learn_one_image(name, Tiny(), most=120)
 
 
 FAMILIES: dict[str, Any] = {
-    "vgg11_bn": TorchvisionBackbone,
     "resnet18": TorchvisionBackbone,
-    "mobilenet_v2": TorchvisionBackbone,
+    "vgg11_bn": TorchvisionBackbone,
+    "googlenet": TorchvisionBackbone,
     "densenet121": TorchvisionBackbone,
+    "mobilenet_v2": TorchvisionBackbone,
+    "mobilenet_v3_small": TorchvisionBackbone,
+    "mnasnet0_5": TorchvisionBackbone,
     "shufflenet_v2_x0_5": TorchvisionBackbone,
+    "efficientnet_b0": TorchvisionBackbone,
+    "regnet_y_400mf": TorchvisionBackbone,
     "convnext_tiny": TorchvisionBackbone,
     "resnetv2_50": TimmBackbone,
 }
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", HEADS)
+def test_one_image_is_learnt_on_every_family(name: str, family: str) -> None:
+    torch.manual_seed(0)
+    learn_one_image(name, FAMILIES[family](name=family), most=240)
 
 
 @pytest.mark.exhaustive

@@ -16,12 +16,16 @@ from visiontasks.heads.detection.pyramid import STRIDES, Pyramid
 from visiontasks.heads.detection.raw import Dense, Detection, Target, Terms
 from visiontasks.heads.detection.selecting import dense_detections
 
+_PAPERS_WIDTH = 256
+_FIRST_WEIGHTS = 0.01  # their standard deviation in the paper
+
 
 class RetinaNet(nn.Module):
     """One-stage detection with anchors: class scores and a box for each of nine anchors at each place.
 
     Lin, Goyal, Girshick, He, Dollar 2017, Focal Loss for Dense Object Detection, arXiv 1708.02002. The branches and
-    their names are those of torchvision's RetinaNet.
+    their names are those of torchvision's RetinaNet. Branches narrower than the paper's start with weights so much
+    larger that they carry as much: through four convolutions of 128 channels with the paper's, a quarter would arrive.
 
     Shapes: a pyramid to Dense.
 
@@ -60,6 +64,9 @@ class RetinaNet(nn.Module):
         self.anchors = Anchors(cells(self.pyramid.strides, anchor_scale, ratios, octaves), self.pyramid.strides)
         self.classification_head = RetinaNetClassificationHead(width, octaves * len(ratios), num_classes)
         self.regression_head = RetinaNetRegressionHead(width, octaves * len(ratios))
+        for layer in (*self.classification_head.conv.modules(), *self.regression_head.conv.modules()):
+            if isinstance(layer, nn.Conv2d):
+                nn.init.normal_(layer.weight, std=_FIRST_WEIGHTS * (_PAPERS_WIDTH / width) ** 0.5)
         self.coder = BoxCoder(weights=(1.0, 1.0, 1.0, 1.0))
         self.matcher = Matcher(overlap[1], overlap[0], allow_low_quality_matches=True)
 
