@@ -41,7 +41,7 @@ class Rotation(Recognition):
     def picture(self, inputs: list[Tensor], outputs: list[Tensor], targets: Any) -> tuple[list[Tensor], str]:  # noqa: ARG002
         """The turned images, and the angles that are said of them."""
         said = (outputs[0].argmax(dim=1) * (360 // TURNS)).tolist()
-        return list(inputs[0]), " ".join(f"{angle}°" for angle in said)
+        return list(inputs[0]), "said " + " ".join(f"{angle}°" for angle in said)
 
 
 def _check_square(images: Tensor) -> None:
