@@ -128,6 +128,7 @@ def load_strictly(
         "left over": sorted(set(state) - set(own) - set(expected_left_over)),
     }
     if any(faults.values()):
+        faults["left over"] = sorted(set(state) - set(own))
         raise UsageError(_misfit(module, source, len(own) - len(missing), faults))
     arrived = [name for name in own if name not in missing]
     own.update({name: state[name] for name in arrived})
