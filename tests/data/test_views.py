@@ -21,9 +21,7 @@ from visiontasks.data.views import Blur, MultiView, multi_crop, one_view, two_vi
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 PRESETS = sorted(
-    path.stem
-    for path in (CONF / "augment").glob("[!_]*.yaml")
-    if path.read_text().startswith(("# For pretraining", "# For task=pretraining"))
+    path.stem for path in (CONF / "augment").glob("[!_]*.yaml") if path.read_text().startswith("# For pretraining")
 )
 PHOTOGRAPH = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
 STILL: dict[str, Any] = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "jitter": 0.0, "grey": 0.0, "blur": 0.0}
@@ -243,7 +241,6 @@ Row = tuple[tuple[float, float], tuple[float, ...], tuple[float, ...]]
 SIMCLR: Row = ((0.08, 1.0), (0.8, 0.2, 0.5, 0.0), STRONG)
 TABLE: dict[str, list[Row]] = {  # of the papers
     "simclr": [SIMCLR] * 2,
-    "pretraining": [SIMCLR] * 2,
     "small_views": [((0.08, 1.0), (0.8, 0.2, 0.0, 0.0), MILD)] * 2,
     "moco": [((0.2, 1.0), (0.8, 0.2, 0.5, 0.0), MILD)] * 2,
     "byol": [((0.08, 1.0), (0.8, 0.2, 1.0, 0.0), UNLIKE), ((0.08, 1.0), (0.8, 0.2, 0.1, 0.2), UNLIKE)],
