@@ -194,8 +194,11 @@ class Task(LightningModule):
         """The annotations of a batch in the words of `predictions`."""
         raise NotImplementedError
 
-    def errors(self, raw: Any, batch: Batch) -> Tensor:
-        """How wrong each image's prediction is, (B,): 0 where it is right, the more the worse."""
+    def errors(self, raw: Any, batch: Batch) -> dict[str, Tensor]:
+        """How wrong each image's prediction is in each respect, (B,): 0 where it is right, the more the worse.
+
+        The worst of each are drawn, in a file of that name.
+        """
         raise NotImplementedError
 
     def draw(self, axes: Axes, image: Tensor, prediction: Prediction, truth: Prediction | None) -> None:

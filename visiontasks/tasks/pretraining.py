@@ -208,9 +208,9 @@ class Pretraining(Task):
         views = [list(same) for same in zip(*(view.cpu() for view in batch["views"]), strict=True)]
         return [{"views": each, "index": index} for each, index in zip(views, batch["index"].tolist(), strict=True)]
 
-    def errors(self, raw: Tensor, batch: Batch) -> Tensor:  # noqa: ARG002
-        """Zeros: no embedding is wrong by itself."""
-        return raw.new_zeros(len(raw))
+    def errors(self, raw: Tensor, batch: Batch) -> dict[str, Tensor]:  # noqa: ARG002
+        """None: no embedding is wrong by itself."""
+        return {}
 
     def draw(self, axes: Axes, image: Tensor, prediction: Prediction, truth: Prediction | None) -> None:  # noqa: ARG002
         """Draws the image and, to its right, the views of it, or where the method shows more, what it answers."""
