@@ -124,10 +124,10 @@ def losses(rounds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", nargs="*", default=["losses", "steps"], choices=["losses", "steps"])
+    parser.add_argument("what", nargs="?", choices=["losses", "steps"], help="both where neither is named")
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
-    for what in options.what:
+    for what in [options.what] if options.what else ["losses", "steps"]:
         {"losses": losses, "steps": steps}[what](options.rounds)
 
 
