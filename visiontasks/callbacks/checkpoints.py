@@ -182,7 +182,9 @@ def _between_batches(trainer: Any) -> Iterator[None]:
 @contextmanager
 def _before_validation(trainer: Any) -> Iterator[None]:
     """Within it the loops say that a validation was begun, which Lightning begins again."""
-    with _counters(trainer) as (_, _, validation):
+    with _counters(trainer) as (_, training, validation):
+        last = training.is_last_batch
+        training.load_state_dict(_counted(training.total.processed, training.current.processed, last=last))
         state = _counted(0, 0)
         state["total"] |= {"ready": 1, "started": 1}
         validation.load_state_dict(state)
@@ -197,10 +199,10 @@ def _between_epochs(trainer: Any) -> Iterator[None]:
         yield
 
 
-def _counted(total: int, current: int) -> dict[str, Any]:
+def _counted(total: int, current: int, *, last: bool = False) -> dict[str, Any]:
     """The state of a loop's counter with so many batches behind it."""
     stages = ("ready", "completed", "started", "processed")
-    return {"total": dict.fromkeys(stages, total), "current": dict.fromkeys(stages, current), "is_last_batch": False}
+    return {"total": dict.fromkeys(stages, total), "current": dict.fromkeys(stages, current), "is_last_batch": last}
 
 
 def _metrics_files(trainer: Any) -> list[MetricsFile]:

@@ -113,7 +113,7 @@ class DataModule(LightningDataModule):
         self._found: list[BadEntry] = []  # since the processes last told each other
         self.interrupted = False  # this process was asked to stop
         self.stopping = False  # one of the processes was, and all know
-        self._stopped_with: dict[str, int] = {}  # what state_dict gave in the run that is gone on with
+        self._stopped_at: Mapping[str, int] = {"epoch": 0, "batches": 0}
         self._needed: frozenset[str] = frozenset()
         self._selected: frozenset[str] | None = None
         self._sources: dict[str, Source] = {}
@@ -199,40 +199,38 @@ class DataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled, augmented, in whole global batches."""
-        loader = self._loader("train", train=True)
-        epoch, batches = self._behind()
+        loader, sampled = self._loader("train", train=True), self._stopped_at
         sampler = cast(EpochSampler, loader.sampler)
-        sampler.set_epoch(epoch)  # workers begin to read before a trainer would say
-        sampler.resume(epoch=epoch, batches=batches)
+        if sampled["batches"]:
+            self._check_place(sampled)
+            sampler.resume(epoch=sampled["epoch"], batches=sampled["batches"])
+        sampler.set_epoch(max(sampled["epoch"], self._epoch()))  # workers begin to read before Lightning says it
         return loader
 
-    def _behind(self) -> tuple[int, int]:
-        """The epoch, and how many of its batches the trainer has behind it."""
-        if self.trainer is None:
-            return 0, 0
-        loop = self.trainer.fit_loop
-        epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current.processed
-        if epochs.ready == epochs.processed or not batches:
-            return epochs.processed, 0
-        before = self._stopped_with
-        if before and before != self.state_dict():
-            raise UsageError(
-                f"The run stopped in the middle of an epoch, of batches of {before['batch_size']} on each of "
-                f"{before['processes']} processes, and would go on with {self.batch_size} on {self._processes()}: type "
-                f"data.batch_size={before['batch_size']} trainer.devices={before['processes']}, or change them at the "
-                "end of an epoch."
-            )
-        return epochs.processed, batches
-
-    def _processes(self) -> int:
-        return self.trainer.world_size if self.trainer else 1
-
     def state_dict(self) -> dict[str, int]:
-        """What the place of a batch in its epoch depends on."""
-        return {"batch_size": self.batch_size, "processes": self._processes()}
+        """The trainer's place among the batches, and what it depends on."""
+        facts = {"batch_size": self.batch_size, "processes": self.trainer.world_size if self.trainer else 1}
+        loop = self.trainer.fit_loop if self.trainer else None
+        if loop is None or loop.epoch_progress.current.ready == loop.epoch_progress.current.processed:
+            return facts | {"epoch": self._epoch(), "batches": 0}
+        return facts | {"epoch": self._epoch(), "batches": loop.epoch_loop.batch_progress.current.processed}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self._stopped_with = dict(state_dict)
+        """Goes on from such a place; a trainer makes its loader before it knows how far it had come."""
+        self._stopped_at = dict(state_dict)
+
+    def _epoch(self) -> int:
+        return self.trainer.fit_loop.epoch_progress.current.processed if self.trainer else 0
+
+    def _check_place(self, stopped: Mapping[str, int]) -> None:
+        now = self.state_dict()
+        if any(stopped[name] != now[name] for name in ("batch_size", "processes")):
+            raise UsageError(
+                f"The run stopped in the middle of an epoch, of batches of {stopped['batch_size']} on each of "
+                f"{stopped['processes']} processes, and would go on with {now['batch_size']} on {now['processes']}: "
+                f"type data.batch_size={stopped['batch_size']} trainer.devices={stopped['processes']}, and change them "
+                "from a checkpoint of an epoch's end."
+            )
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Every validation image exactly once, in order."""
