@@ -37,8 +37,8 @@ def save_archive(content: Any, file: Path, *, keep_as: Path | None = None) -> No
             f"{file} could not be written ({error.strerror}){kept}: make room and go on with resume=auto."
         ) from error
     if keep_as is not None and file.exists():
-        os.replace(file, keep_as)
-    os.replace(part, file)
+        file.replace(keep_as)
+    part.replace(file)
     _sync(file.parent)
 
 

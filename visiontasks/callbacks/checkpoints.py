@@ -50,9 +50,9 @@ class LastCheckpoint(Callback):
     """Saves the whole state of a run as last.ckpt, where it can be gone on with as if it had never stopped.
 
     That is between two batches with nothing accumulated: before each validation, which is then done again, before the
-    first batch of an epoch that follows none, every `every_n_train_steps` steps of the optimiser where asked, and at the
-    end. A SIGTERM or Ctrl-C saves after the step that is under way and ends the process with the code 128 + signal; a
-    second Ctrl-C ends it at once. What Lightning does on SLURM's signal to requeue stays as it is.
+    first batch of an epoch that follows none, every `every_n_train_steps` steps of the optimiser where asked, and when
+    training ends. A SIGTERM or Ctrl-C saves after the step that is under way and ends the process with the code 128 +
+    signal; a second Ctrl-C ends it at once. What Lightning does on SLURM's signal to requeue stays as it is.
 
     It brings back what Lightning does not: the figures that callbacks and schedulers monitor, and the rows of
     metrics.csv as they were. Before a validation every process takes the buffers of the first, batch norm statistics
@@ -77,7 +77,9 @@ class LastCheckpoint(Callback):
 
     def on_train_start(self, trainer: Any, module: Any) -> None:  # noqa: ARG002
         trainer._logger_connector._callback_metrics.update(self._saved["figures"])
-        trainer.fit_loop._restarting = False  # else the epoch's end would leave out the schedulers that monitor a figure
+        trainer.fit_loop._restarting = (
+            False  # else the epoch's end would leave out the schedulers that monitor a figure
+        )
         self._listen(trainer)
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
@@ -144,7 +146,9 @@ class LastCheckpoint(Callback):
         """Ends the process; what Lightning launched ends with 0, or it would kill the first process meanwhile."""
         number = self.signal or signal.SIGTERM
         if trainer.is_global_zero:
-            print(f"stopped    by {signal.Signals(number).name}: type resume={self.file.parents[1]} to go on", flush=True)
+            print(
+                f"stopped    by {signal.Signals(number).name}: type resume={self.file.parents[1]} to go on", flush=True
+            )
         launched = isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher) and trainer.local_rank > 0
         raise SystemExit(0 if launched else 128 + number)
 

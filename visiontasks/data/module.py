@@ -199,28 +199,26 @@ class DataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled, augmented, in whole global batches."""
-        loader, sampled = self._loader("train", train=True), self._stopped_at
+        loader, stopped = self._loader("train", train=True), self._stopped_at
         sampler = cast(EpochSampler, loader.sampler)
-        if sampled["batches"]:
-            self._check_place(sampled)
-            sampler.resume(epoch=sampled["epoch"], batches=sampled["batches"])
-        sampler.set_epoch(max(sampled["epoch"], self._epoch()))  # workers begin to read before Lightning says it
+        sampler.set_epoch(stopped["epoch"])  # workers begin to read before Lightning says it
+        if stopped["batches"]:
+            self._check_place(stopped)
+            sampler.resume(epoch=stopped["epoch"], batches=stopped["batches"])
         return loader
 
     def state_dict(self) -> dict[str, int]:
         """The trainer's place among the batches, and what it depends on."""
-        facts = {"batch_size": self.batch_size, "processes": self.trainer.world_size if self.trainer else 1}
-        loop = self.trainer.fit_loop if self.trainer else None
-        if loop is None or loop.epoch_progress.current.ready == loop.epoch_progress.current.processed:
-            return facts | {"epoch": self._epoch(), "batches": 0}
-        return facts | {"epoch": self._epoch(), "batches": loop.epoch_loop.batch_progress.current.processed}
+        if self.trainer is None:
+            return {}
+        loop, facts = self.trainer.fit_loop, {"batch_size": self.batch_size, "processes": self.trainer.world_size}
+        epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current.processed
+        within = epochs.ready > epochs.processed
+        return facts | {"epoch": epochs.processed, "batches": batches if within else 0}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Goes on from such a place; a trainer makes its loader before it knows how far it had come."""
         self._stopped_at = dict(state_dict)
-
-    def _epoch(self) -> int:
-        return self.trainer.fit_loop.epoch_progress.current.processed if self.trainer else 0
 
     def _check_place(self, stopped: Mapping[str, int]) -> None:
         now = self.state_dict()
