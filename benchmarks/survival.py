@@ -263,7 +263,7 @@ def _launch_by_fork(folder: Path, death: Death | None) -> None:
             "WORLD_SIZE": "2",
         }
         os.environ.update(facts)
-        launcher.procs = [waiting.start(facts | {"LOCAL_RANK": "1"})]
+        launcher.procs = [waiting.start(dict(os.environ) | {"LOCAL_RANK": "1"})]
 
     _SubprocessScriptLauncher._call_children_scripts = call  # type: ignore[method-assign]
 

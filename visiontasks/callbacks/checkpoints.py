@@ -11,13 +11,13 @@ from typing import Any
 from lightning import Callback, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from visiontasks.callbacks.metrics_file import MetricsFile
 from visiontasks.durable import save_archive, verify
 from visiontasks.layers.distributed import share_first, world_size
+from visiontasks.layers.lifetime import launched
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
@@ -149,8 +149,7 @@ class LastCheckpoint(Callback):
             print(
                 f"stopped    by {signal.Signals(number).name}: type resume={self.file.parents[1]} to go on", flush=True
             )
-        launched = isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher) and trainer.local_rank > 0
-        raise SystemExit(0 if launched else 128 + number)
+        raise SystemExit(0 if launched() else 128 + number)
 
 
 @contextmanager

@@ -57,7 +57,6 @@ def train(composed: "DictConfig") -> float:
     """One run: returns the best value of the monitored figure."""
     from hydra.core.hydra_config import HydraConfig
     from lightning import seed_everything
-    from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
     from torch import cuda
 
     from visiontasks.cli.build import (
@@ -69,12 +68,13 @@ def train(composed: "DictConfig") -> float:
         plain,
         start_backbone,
     )
-    from visiontasks.layers.lifetime import end_with_parent
+    from visiontasks.layers.lifetime import join_launcher
 
     if composed.transfer_study:
         from visiontasks.cli.study import study
 
         return study(composed)
+    join_launcher()
     hydra = HydraConfig.get()
     config, folder = plain(composed), Path(hydra.runtime.output_dir)
     checkpoint = resume_from(config["resume"], folder)
@@ -99,8 +99,6 @@ def train(composed: "DictConfig") -> float:
         say_start(receipt, why, folder)
     if checkpoint is None:
         tune(trainer, task, data, config)
-    if trainer.local_rank and isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
-        end_with_parent()  # the first process, which launched this one
     trainer.fit(task, datamodule=data, ckpt_path=checkpoint)
     return finish(trainer, task, test=config["test"])
 
