@@ -219,6 +219,19 @@ def _averaged_buffers(trainer: Any) -> list[Tensor]:
     return [buffer for model in models for buffer in model.buffers()]
 
 
+class _BestCheckpoint(ModelCheckpoint):
+    """Lightning's, which would forget the best figure of a run whose folder has moved."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        file = str(Path(str(self.dirpath)) / "best.ckpt")
+        if state_dict["best_model_path"] and Path(file).is_file():
+            score = state_dict["best_model_score"]
+            own = {"dirpath": self.dirpath, "best_model_path": file, "kth_best_model_path": file}
+            state_dict = state_dict | own | {"best_k_models": {file: score}}
+        super().load_state_dict(state_dict)
+        self.current_score = state_dict["current_score"]
+
+
 def last_checkpoint(*, folder: str, every_n_train_steps: int | None = None) -> LastCheckpoint:
     """Saves the whole state of the run as last.ckpt around every epoch, and every so many steps where asked."""
     return LastCheckpoint(folder=folder, every_n_train_steps=every_n_train_steps)
@@ -226,7 +239,7 @@ def last_checkpoint(*, folder: str, every_n_train_steps: int | None = None) -> L
 
 def best_checkpoint(*, folder: str, monitor: str, mode: str) -> ModelCheckpoint:
     """Saves the weights, without the optimiser's state, as best.ckpt whenever the monitored figure is the best yet."""
-    return ModelCheckpoint(
+    return _BestCheckpoint(
         _folder(folder), "best", monitor=monitor, mode=mode, save_weights_only=True, enable_version_counter=False
     )
 
