@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.serialization import safe_globals
 
 from visiontasks.contracts import Backbone, UsageError
+from visiontasks.durable import verify
 
 _STATE = "state_dict."  # where most checkpoints keep the weights
 _PARALLEL = "module."  # what DataParallel puts before every name
@@ -150,9 +151,10 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     last.ckpt). Settings that were pickled beside the tensors (argparse's, omegaconf's) are skipped, and never called.
 
     Raises:
-        UsageError: if there is no such file, or it holds no tensors by name; the message names the file.
+        UsageError: if there is no such file, it is damaged, or it holds no tensors by name; the message names the file.
     """
     file = _weights_file(Path(path))
+    verify(file, foreign=True)
     payload = _read(file)
     tensors = dict(_flattened(payload)) if isinstance(payload, dict) else {}
     if not tensors:

@@ -1,6 +1,6 @@
 """What watches a run."""
 
-from visiontasks.callbacks.checkpoints import best_checkpoint, last_checkpoint
+from visiontasks.callbacks.checkpoints import LastCheckpoint, best_checkpoint, last_checkpoint
 from visiontasks.callbacks.collapse import CollapseWarning
 from visiontasks.callbacks.embeddings import EmbeddingPictures
 from visiontasks.callbacks.metrics_file import MetricsFile
@@ -15,6 +15,7 @@ __all__ = [
     "ConfusionMatrix",
     "ContactSheets",
     "EmbeddingPictures",
+    "LastCheckpoint",
     "LearningCurves",
     "MetricsFile",
     "PrecisionRecall",

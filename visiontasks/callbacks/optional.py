@@ -1,5 +1,6 @@
 """Callbacks that one setting switches on: while it is null or false they give None, and the run goes without them."""
 
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     EarlyStopping,
     EMAWeightAveraging,
@@ -19,7 +20,15 @@ def early_stopping(
     """Stops when the monitored figure has not improved for `patience` validations."""
     if patience is None:
         return None
-    return EarlyStopping(monitor=monitor, mode=mode, patience=patience, min_delta=min_delta)
+    return _EarlyStopping(monitor=monitor, mode=mode, patience=patience, min_delta=min_delta)
+
+
+class _EarlyStopping(EarlyStopping):
+    """Lightning's, which would train on where a run that it had stopped is resumed."""
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:  # noqa: ARG002
+        if self.wait_count >= self.patience:
+            trainer.should_stop = True
 
 
 def ema(*, decay: float | None = None) -> EMAWeightAveraging | None:

@@ -11,10 +11,12 @@ from hydra.utils import get_class, instantiate
 from lightning import Callback, Trainer
 from omegaconf import DictConfig, OmegaConf
 
+from visiontasks.callbacks.checkpoints import DurableCheckpoints
 from visiontasks.callbacks.unfreezing import Unfreezing
 from visiontasks.cli.command_line import conf_folders
 from visiontasks.contracts import Backbone, UsageError
 from visiontasks.data.module import DataModule
+from visiontasks.durable import verify
 from visiontasks.layers.batch_norm import ProcessBatchNorms
 from visiontasks.layers.freezing import cut_stages
 from visiontasks.tasks.base import Task
@@ -153,14 +155,14 @@ def build_trainer(config: Config, *, folder: Path, callbacks: Sequence[Callback]
     precision, asked = resolved_precision(config["trainer"]["precision"]), config["trainer"]["sync_batchnorm"]
     together = get_class(config["task"]["_target_"]).sees_all if asked == "auto" else asked
     options = config["trainer"] | {"precision": precision, "sync_batchnorm": together}
-    plugins = {"plugins": [ProcessBatchNorms()]} if together else {}
+    plugins = [DurableCheckpoints(), *([ProcessBatchNorms()] if together else [])]
     trainer: Trainer = instantiate(
         options,
         callbacks=[*build_callbacks(config.get("callbacks") or {}), *callbacks],
         logger=[instantiate(logger, _convert_="all") for logger in (config.get("logger") or {}).values()],
         default_root_dir=str(folder),
         _convert_="all",
-        **plugins,
+        plugins=plugins,
     )
     return trainer
 
@@ -224,7 +226,8 @@ def load_task(checkpoint: Path, settings: Config | None = None) -> Task:
 
 
 def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
-    """A checkpoint as plain data; raises UsageError where it was not written by a run of train.py."""
+    """A checkpoint as plain data; raises UsageError where it is damaged, or was not written by a run of train.py."""
+    verify(checkpoint)
     stored = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     if not stored.get("config"):
         raise UsageError(f"{checkpoint} holds no config: expected a checkpoint that train.py wrote.")

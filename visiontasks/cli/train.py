@@ -11,6 +11,8 @@ from visiontasks.cli.command_line import command, run
 from visiontasks.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lightning import Trainer
     from omegaconf import DictConfig
 
@@ -66,11 +68,13 @@ def train(composed: "DictConfig") -> float:
         plain,
         start_backbone,
     )
+    from visiontasks.layers.lifetime import join_launcher
 
     if composed.transfer_study:
         from visiontasks.cli.study import study
 
         return study(composed)
+    join_launcher()
     hydra = HydraConfig.get()
     config, folder = plain(composed), Path(hydra.runtime.output_dir)
     checkpoint = resume_from(config["resume"], folder)
@@ -93,7 +97,8 @@ def train(composed: "DictConfig") -> float:
     if trainer.is_global_zero:
         begin_folder(folder, composed, list(hydra.overrides.task))
         say_start(receipt, why, folder)
-    tune(trainer, task, data, config)
+    if checkpoint is None:
+        tune(trainer, task, data, config)
     trainer.fit(task, datamodule=data, ckpt_path=checkpoint)
     return finish(trainer, task, test=config["test"])
 
@@ -120,16 +125,33 @@ def monitoring(composed: "DictConfig", config: "Config", *, labelled: bool) -> "
 
 def resume_from(resume: str | None, folder: Path) -> Path | None:
     """The checkpoint to go on from; None starts anew. Raises UsageError rather than write over another run."""
-    last = folder / "checkpoints" / "last.ckpt"
-    if resume is None and last.exists():
+    place = folder if resume in {None, "auto"} else Path(str(resume))
+    kept = [place] if place.is_file() else [place / "checkpoints" / name for name in ("last.ckpt", "previous.ckpt")]
+    found = [file for file in kept if file.is_file()]
+    if resume is None and found:
         raise UsageError(f"{folder} already holds a run: type resume=auto to go on with it, or another hydra.run.dir.")
-    if resume in {None, "auto"}:
-        return last if last.exists() else None
-    place = Path(str(resume))
-    checkpoint = place / "checkpoints" / "last.ckpt" if place.is_dir() else place
-    if not checkpoint.is_file():
+    if not found and resume in {None, "auto"}:
+        return None
+    if not found:
         raise UsageError(f"resume={resume} holds no checkpoints/last.ckpt: give a run folder or a .ckpt file.")
-    return checkpoint
+    return good_checkpoint(found)
+
+
+def good_checkpoint(files: "Sequence[Path]") -> Path:
+    """The first that is not damaged, saying which are; raises UsageError where all are."""
+    from visiontasks.durable import verify
+
+    damages = []
+    for file in files:
+        try:
+            verify(file)
+        except UsageError as damage:
+            damages.append(str(damage))
+            continue
+        if damages:
+            print(f"resume     {' '.join(damages)} Going on from {file}", flush=True)
+        return file
+    raise UsageError(f"{' '.join(damages)} Nothing is left to go on from: type another hydra.run.dir to start anew.")
 
 
 def begin_folder(folder: Path, composed: "DictConfig", overrides: list[str]) -> None:
@@ -203,6 +225,7 @@ def quieten() -> None:
         r".*number of training batches .* is smaller than the logging interval.*",
         r".*module\(s\) in eval mode.*",  # which frozen parts are meant to be
         r".*isinstance\(treespec, LeafSpec\).*",  # Lightning's own
+        r".*your dataloader is not resumable.*",  # it begins with the batch that is next
     ):
         warnings.filterwarnings("ignore", message=message)
 

@@ -23,6 +23,7 @@ from visiontasks.data.masks import MaskFiles, Survey, median_frequency, survey
 from visiontasks.data.sampling import EpochSampler, too_large_a_batch
 from visiontasks.data.source import Cached, CacheKind, Source, Subset
 from visiontasks.layers.distributed import anywhere, collected, world_size
+from visiontasks.layers.lifetime import end_with_parent
 
 if TYPE_CHECKING:
     from visiontasks.data.views import MultiView
@@ -70,7 +71,9 @@ class DataModule(LightningDataModule):
     `fraction` is the share of the training images to learn from, see visiontasks.data.fraction.
     `probe_images` is how many training images `probe_dataloader` shows at most.
     Several processes count their bad files together, and stop together: after each training batch, and for those of an
-    evaluation before the next training batch or at the end.
+    evaluation before the next training batch or at the end. So they agree on being `interrupted`: `stopping` is set in
+    all of them with the next training batch. Where a trainer goes on in the middle of an epoch, the training loader
+    begins with the batch that is next, which takes the batch size and number of processes of before.
     """
 
     provides: frozenset[str] = frozenset()  # the annotations that samples have, in the words of contracts.Sample
@@ -108,6 +111,9 @@ class DataModule(LightningDataModule):
         self.bad_files: dict[str, str] = {}
         self._bad: dict[str, set[str]] = {split: set() for split in SPLITS}
         self._found: list[BadEntry] = []  # since the processes last told each other
+        self.interrupted = False  # this process was asked to stop
+        self.stopping = False  # one of the processes was, and all know
+        self._stopped_at: Mapping[str, int] = {"epoch": 0, "batches": 0}
         self._needed: frozenset[str] = frozenset()
         self._selected: frozenset[str] | None = None
         self._sources: dict[str, Source] = {}
@@ -193,7 +199,36 @@ class DataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled, augmented, in whole global batches."""
-        return self._loader("train", train=True)
+        loader, stopped = self._loader("train", train=True), self._stopped_at
+        sampler = cast(EpochSampler, loader.sampler)
+        sampler.set_epoch(stopped["epoch"])  # workers begin to read before Lightning says it
+        if stopped["batches"]:
+            self._check_place(stopped)
+            sampler.resume(epoch=stopped["epoch"], batches=stopped["batches"])
+        return loader
+
+    def state_dict(self) -> dict[str, int]:
+        """The trainer's place among the batches, and what it depends on."""
+        if self.trainer is None:
+            return {}
+        loop, facts = self.trainer.fit_loop, {"batch_size": self.batch_size, "processes": self.trainer.world_size}
+        epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current.processed
+        within = epochs.ready > epochs.processed
+        return facts | {"epoch": epochs.processed, "batches": batches if within else 0}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Goes on from such a place; a trainer makes its loader before it knows how far it had come."""
+        self._stopped_at = dict(state_dict)
+
+    def _check_place(self, stopped: Mapping[str, int]) -> None:
+        now = self.state_dict()
+        if any(stopped[name] != now[name] for name in ("batch_size", "processes")):
+            raise UsageError(
+                f"The run stopped in the middle of an epoch, of batches of {stopped['batch_size']} on each of "
+                f"{stopped['processes']} processes, and would go on with {now['batch_size']} on {now['processes']}: "
+                f"type data.batch_size={stopped['batch_size']} trainer.devices={stopped['processes']}, and change them "
+                "from a checkpoint of an epoch's end."
+            )
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Every validation image exactly once, in order."""
@@ -243,14 +278,15 @@ class DataModule(LightningDataModule):
 
     def _judge(self, *, lost: Sequence[BadEntry] = ()) -> None:
         """Note what every process has found bad since the last time; `lost` are the files of a batch with no other."""
-        if not anywhere(bool(self._found)):
+        if not anywhere(bool(self._found) or self.interrupted):
             return
-        parts = collected((self._found.copy(), lost))
+        parts = collected((self._found.copy(), lost, self.interrupted))
+        self.stopping = any(interrupted for _, _, interrupted in parts)
         self._found.clear()
-        found = [entry for entries, _ in parts for entry in entries]
+        found = [entry for entries, _, _ in parts for entry in entries]
         for split in dict.fromkeys(split for split, _, _ in found):
             self._note_all(split, [(name, reason) for part, name, reason in found if part == split])
-        for _, files in parts:
+        for _, files, _ in parts:
             if files:
                 raise UsageError(f"All {len(files)} files of a batch are bad, among them {_sentence(*files[0][1:])}")
 
@@ -355,7 +391,7 @@ class DataModule(LightningDataModule):
             sampler=sampler,
             num_workers=workers,
             collate_fn=collate,
-            worker_init_fn=single_threaded,
+            worker_init_fn=begin_worker,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # else each epoch would draw a number from the global one
@@ -500,9 +536,10 @@ def collate(items: list[Sample | BadEntry]) -> Batch:
     return batch
 
 
-def single_threaded(_: int) -> None:
-    """Keep a worker process to one thread: the cores are shared out among processes already."""
+def begin_worker(_: int) -> None:
+    """Keep a worker process to one thread, as the cores are shared out already, and to its parent's lifetime."""
     torch.set_num_threads(1)
+    end_with_parent()
 
 
 def default_workers() -> int:

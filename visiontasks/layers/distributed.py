@@ -1,6 +1,6 @@
 """Sums and rows over processes, which are the identity where there is one process."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
@@ -67,6 +67,14 @@ def sum_over_processes(values: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(values)
     return values
+
+
+def share_first(tensors: Iterable[Tensor]) -> None:
+    """Gives every process, in place, what the first one has."""
+    if world_size() == 1:
+        return
+    for tensor in tensors:
+        dist.broadcast(tensor, src=0, group=_between_cpus(dist.group.WORLD) if tensor.device.type == "cpu" else None)
 
 
 def mean_over_processes(total: Tensor, count: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from lightning import LightningModule
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from visiontasks.contracts import Backbone, Batch, UsageError
-from visiontasks.layers.distributed import mean_over_processes, sum_over_processes
+from visiontasks.layers.distributed import collected, mean_over_processes, rank, sum_over_processes, world_size
 from visiontasks.tasks.metrics import Metrics, weighted_sum
 from visiontasks.tasks.optimisation import MakeOptimizer, MakeSchedule, Pace, at_rates, cosine, parameter_groups
 
@@ -64,6 +65,7 @@ class Task(LightningModule):
         self.tables: dict[str, Tensor] = {}  # of the last evaluation, such as a confusion matrix, for the pictures
         self._running: dict[str, Tensor] = {}
         self._unflushed = 0
+        self._seed: int | None = None  # of what training draws; torch's own, as it is when a run starts
         mean, std = torch.tensor(backbone.mean), torch.tensor(backbone.std)
         self.pixel_scale: Tensor
         self.pixel_shift: Tensor
@@ -99,6 +101,20 @@ class Task(LightningModule):
     def learning_rate(self) -> float | None:
         """What stands in the place of the optimiser's own learning rate; None: nothing."""
         return self.lr
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
+        """Makes what the step draws, such as dropout, a function of (seed, epoch, batch, process) and nothing else."""
+        if self._seed is None:
+            self._seed = torch.initial_seed()
+        numbers = [self._seed, self.current_epoch, batch_idx, self.global_rank]
+        torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1)
+
+    def resumable(self, batches: int) -> bool:
+        """Whether after so many batches of an epoch nothing is under way that a checkpoint would not hold.
+
+        What is accumulated of gradients is; a task that accumulates by itself says here when it does not.
+        """
+        return batches % self.trainer.accumulate_grad_batches == 0
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -154,7 +170,7 @@ class Task(LightningModule):
         """Adds to the running mean of a training figure, which is logged every trainer.log_every_n_steps batches."""
         pair = torch.stack((total.detach().float(), count.detach().float()))  # (2,)
         known = self._running.get(name)
-        self._running[name] = pair if known is None else known.add_(pair)
+        self._running[name] = pair if known is None else known.to(pair.device).add_(pair)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
         self._unflushed += 1
@@ -185,6 +201,20 @@ class Task(LightningModule):
         checkpoint["classes"] = list(self.classes)
         checkpoint["config"] = self.config
         checkpoint["visiontasks_version"] = version("visiontasks")
+        running = {name: pair.cpu() for name, pair in self._running.items()}
+        checkpoint["running"] = {"means": collected(running), "batches": self._unflushed, "seed": self._seed}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Goes on with the running means, this process with its own where there are as many processes as before."""
+        stored = checkpoint.get("running")
+        if stored is None:
+            return
+        self._seed, self._unflushed = stored["seed"], stored["batches"]
+        parts: list[dict[str, Tensor]] = stored["means"]
+        if len(parts) == world_size():
+            self._running = parts[rank()]
+        else:
+            self._running = {name: sum(part[name] for part in parts) / world_size() for name in parts[0]}
 
     def predictions(self, raw: Any) -> list[Prediction]:
         """One plain dictionary an image of what raw predictions say."""

@@ -92,6 +92,7 @@ class Detection(Task):
         checkpoint["category_ids"] = list(self.category_ids)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         self.category_ids = tuple(checkpoint["category_ids"])
 
     def forward(self, images: Tensor) -> Any:
