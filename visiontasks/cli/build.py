@@ -11,8 +11,10 @@ from hydra.utils import get_class, instantiate
 from lightning import Callback, Trainer
 from omegaconf import DictConfig, OmegaConf
 
+from visiontasks.callbacks.agreement import Agreement
 from visiontasks.callbacks.unfreezing import Unfreezing
 from visiontasks.cli.command_line import conf_folders
+from visiontasks.cli.ranks import trained_together
 from visiontasks.contracts import Backbone, UsageError
 from visiontasks.data.module import DataModule
 from visiontasks.layers.batch_norm import ProcessBatchNorms
@@ -153,16 +155,17 @@ def build_trainer(config: Config, *, folder: Path, callbacks: Sequence[Callback]
     precision, asked = resolved_precision(config["trainer"]["precision"]), config["trainer"]["sync_batchnorm"]
     together = get_class(config["task"]["_target_"]).sees_all if asked == "auto" else asked
     options = config["trainer"] | {"precision": precision, "sync_batchnorm": together}
+    timeout = options.pop("timeout")
     plugins = {"plugins": [ProcessBatchNorms()]} if together else {}
     trainer: Trainer = instantiate(
         options,
-        callbacks=[*build_callbacks(config.get("callbacks") or {}), *callbacks],
+        callbacks=[Agreement(config, timeout=timeout), *build_callbacks(config.get("callbacks") or {}), *callbacks],
         logger=[instantiate(logger, _convert_="all") for logger in (config.get("logger") or {}).values()],
         default_root_dir=str(folder),
         _convert_="all",
         **plugins,
     )
-    return trainer
+    return trained_together(trainer, timeout=timeout)
 
 
 def build_callbacks(config: Config) -> list[Callback]:

@@ -198,7 +198,7 @@ def quieten() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         r".*does not have many workers.*",  # on a CPU, workers would only compete with the training
-        r".*recommended to use `.*sync_dist=True`.*",  # our figures are already over all processes
+        r".*recommended to use `.*sync_dist=True.*",  # our figures are already over all processes
         r".*Checkpoint directory .* exists and is not empty.*",
         r".*number of training batches .* is smaller than the logging interval.*",
         r".*module\(s\) in eval mode.*",  # which frozen parts are meant to be
