@@ -4,9 +4,9 @@ Not equal, and why: dropout, which each process draws for itself, is off here; b
 trainer.sync_batchnorm=true makes it; methods of pretraining compare images, and take equal parts.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch.multiprocessing as mp
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torchmetrics import Metric
 
 from tests.test_combinations import HEADS, SMALL, config, default_head
 from visiontasks.cli.build import build_task
@@ -31,6 +32,7 @@ CLASSES = ("a", "b", "c", "d", "e", "f")
 PARTS = {2: ((0, 1, 3, 4, 5), (2,)), 3: ((0, 1, 5), (2,), (3, 4))}  # image 2 has no object, and no pixel that counts
 EQUAL = {2: ((0, 1, 2), (3, 4, 5)), 3: ((0, 1), (2, 3), (4, 5))}
 EMPTY = 2
+TOLERANCE = 1e-6  # relative to the norm, in float32
 SIZES = (1, 2, 3, 5, 21, 22)  # images of an evaluation
 OWN = {  # beside the heads with their usual losses, and the losses with their usual head
     "class weights": ("classification", "linear", "task.class_weights=[1,2,3,4,5,6]"),
@@ -89,7 +91,7 @@ class Learner(nn.Module):
         return self.task.training_step(images, 0)  # type: ignore[no-any-return]
 
 
-@lru_cache(maxsize=None)
+@cache
 def composed(case: Case) -> dict[str, Any]:
     """The config of a case: a composition for each task and loss, in which the rest is changed."""
     task, head, *overrides = case
@@ -103,12 +105,12 @@ def composed(case: Case) -> dict[str, Any]:
     return container  # type: ignore[no-any-return]
 
 
-@lru_cache(maxsize=None)
+@cache
 def usual(task: str, *loss: str) -> dict[str, Any]:
     return config(f"task={task}", *loss)
 
 
-def built(case: Case, dtype: torch.dtype) -> Task:
+def built(case: Case) -> Task:
     """A small task, the same in every process, without dropout."""
     task = case[0]
     torch.manual_seed(0)
@@ -118,7 +120,7 @@ def built(case: Case, dtype: torch.dtype) -> Task:
             layer.p = 0.0
         if task == "detection" and isinstance(layer, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(layer.weight)  # scores that differ between places
-    return made.to(dtype)
+    return made
 
 
 def batch(images: Sequence[int], task: Task, *, views: int) -> Batch:
@@ -155,9 +157,9 @@ def sample(index: int, views: int) -> dict[str, Tensor]:
     }
 
 
-def learnt(case: Case, *, steps: int, dtype: torch.dtype) -> Learnt:
+def learnt(case: Case, *, steps: int) -> Learnt:
     """All gradients of the last step, and all weights after it, one after the other."""
-    task = built(case, dtype)
+    task = built(case)
     learner: nn.Module = Learner(task)
     if world_size() > 1:
         ProcessBatchNorms().apply(learner)
@@ -185,7 +187,10 @@ def own_part(task: str) -> Sequence[int]:
 
 def measured(case: Case, images: int) -> Evaluated:
     """The figures of so many images, every so-manieth of them in this process, in batches of two."""
-    task = built(case, torch.float32).eval()
+    task = built(case).eval()
+    for metric in task.metrics.modules():
+        if isinstance(metric, Metric):
+            metric.sync_on_compute = world_size() > 1  # torchmetrics knows nothing of `alone`
     own = list(range(rank(), images, world_size()))
     with torch.no_grad():
         for start in range(0, len(own), 2):
@@ -218,10 +223,77 @@ def measure(process: int, processes: int, folder: str, steps: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=process, world_size=processes)
     errors: dict[Any, dict[str, float]] = {}
     for name, case in CASES.items():
-        dtype = torch.float32
-        errors[name] = compared(lambda: learnt(case, steps=steps, dtype=dtype))  # noqa: B023
+        errors[name] = compared(lambda: learnt(case, steps=steps))  # noqa: B023
     for name, case in MEASURED.items() if steps == 1 else ():
         errors |= {(name, size): compared(lambda: measured(case, size)) for size in SIZES}  # noqa: B023
     torch.save(errors, f"{folder}/{process}.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def ran(folder: Path, processes: int, *, steps: int) -> list[Any]:
+    """What every one of so many processes measured."""
+    for case in (CASES | MEASURED).values():
+        composed(case)  # once, for all processes
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a forked process must not wait for threads that it has not
+    mp.start_processes(measure, args=(processes, str(folder), steps), nprocs=processes, start_method="fork")
+    torch.set_num_threads(threads)
+    return [torch.load(folder / f"{process}.pt", weights_only=False) for process in range(processes)]
+
+
+def worst(found: list[Any], key: Any) -> dict[str, float]:
+    return {name: max(each[key][name] for each in found) for name in found[0][key]}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    return ran(tmp_path_factory.mktemp("two"), 2, steps=1)
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    return ran(tmp_path_factory.mktemp("three"), 3, steps=1)
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def long(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    return ran(tmp_path_factory.mktemp("long"), request.param, steps=30)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_gradient_of_two_processes_is_that_of_one(name: str, two: list[Any]) -> None:
+    assert worst(two, name)["gradient"] < TOLERANCE
+
+
+@pytest.mark.parametrize("images", SIZES)
+@pytest.mark.parametrize("name", MEASURED)
+def test_the_figures_of_two_processes_are_those_of_one(name: str, images: int, two: list[Any]) -> None:
+    wrong = {figure: error for figure, error in worst(two, (name, images)).items() if not error < TOLERANCE}
+    assert not wrong
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", CASES)
+def test_the_gradient_of_three_processes_is_that_of_one(name: str, three: list[Any]) -> None:
+    assert worst(three, name)["gradient"] < TOLERANCE
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("images", SIZES)
+@pytest.mark.parametrize("name", MEASURED)
+def test_the_figures_of_three_processes_are_those_of_one(name: str, images: int, three: list[Any]) -> None:
+    wrong = {figure: error for figure, error in worst(three, (name, images)).items() if not error < TOLERANCE}
+    assert not wrong
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", CASES)
+def test_thirty_steps_of_several_processes_are_those_of_one(name: str, long: list[Any]) -> None:
+    assert worst(long, name)["weights"] < 1e-5
+
+
+def test_every_head_and_loss_of_conf_is_a_case() -> None:
+    heads = set(choices("head")) - set(choices("task"))
+    losses = set(choices("loss")) - set(choices("task"))
+    assert heads | {f"loss={loss}" for loss in losses} <= set(CASES)

@@ -9,6 +9,7 @@ import torch
 import yaml
 from hydra.utils import get_class, instantiate
 from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from omegaconf import DictConfig, OmegaConf
 
 from visiontasks.callbacks.agreement import Agreement
@@ -19,6 +20,7 @@ from visiontasks.contracts import Backbone, UsageError
 from visiontasks.data.module import DataModule
 from visiontasks.layers.batch_norm import ProcessBatchNorms
 from visiontasks.layers.freezing import cut_stages
+from visiontasks.layers.sharding import Sharded
 from visiontasks.tasks.base import Task
 from visiontasks.tasks.optimisation import Pace
 from visiontasks.transfer import Auto, freeze_for_good
@@ -165,7 +167,23 @@ def build_trainer(config: Config, *, folder: Path, callbacks: Sequence[Callback]
         _convert_="all",
         **plugins,
     )
+    check_sharding(trainer, get_class(config["task"]["_target_"]), together=together)
     return trained_together(trainer, timeout=timeout)
+
+
+def check_sharding(trainer: Trainer, task: type[Task], *, together: bool) -> None:
+    """Raises UsageError where trainer=fsdp is joined with what it does not do."""
+    if not isinstance(trainer.strategy, Sharded):
+        return
+    averaged = any(isinstance(each, (WeightAveraging, StochasticWeightAveraging)) for each in trainer.callbacks)  # type: ignore[attr-defined]
+    refused = {
+        f"task={task.__name__.lower()}": not task.shards,
+        "trainer.sync_batchnorm=true": together,
+        "callbacks.ema or callbacks.swa": averaged,
+    }
+    found = [name for name, here in refused.items() if here]
+    if found:
+        raise UsageError(f"trainer=fsdp does not do {' or '.join(found)}: type trainer=ddp.")
 
 
 def build_callbacks(config: Config) -> list[Callback]:

@@ -57,9 +57,9 @@ def _of_slurm() -> tuple[str, int, bool] | None:
 
 def first_told(address: str, port: int, host: bool, value: str) -> str:
     """What the first process to come here told; raises UsageError where the host does not answer."""
-    from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
-
     from datetime import timedelta
+
+    from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
     try:
         patience = timedelta(seconds=_PATIENCE)

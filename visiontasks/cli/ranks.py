@@ -1,4 +1,4 @@
-"""The ranks of one job: each starts with this job's composed config, none outlives the others, the first cause is said."""
+"""The ranks of one job: each starts with its composed config, none outlives the others, the first cause is said."""
 
 import faulthandler
 import json

@@ -16,6 +16,7 @@ from torch.optim import AdamW, Optimizer
 
 from visiontasks.contracts import Backbone, Batch, UsageError
 from visiontasks.layers.distributed import mean_over_processes, sum_over_processes
+from visiontasks.layers.sharding import shard
 from visiontasks.tasks.metrics import Metrics, weighted_sum
 from visiontasks.tasks.optimisation import MakeOptimizer, MakeSchedule, Pace, at_rates, cosine, parameter_groups
 
@@ -36,6 +37,7 @@ class Task(LightningModule):
     metrics: Metrics
     loss_weights: dict[str, float]  # by the losses' names
     sees_all: ClassVar[bool] = False  # its batch norms want statistics over all processes
+    shards: ClassVar[bool] = True  # its parts use their parameters within their forward alone, as sharding wants it
     panels: ClassVar[int] = 1  # pictures side by side that `draw` makes of one image
     unit: ClassVar[str] = "images"  # what the confusion matrix counts
 
@@ -88,6 +90,11 @@ class Task(LightningModule):
         if (found, wanted) == (3, 1):
             return (pixels * pixels.new_tensor(LUMINANCE).view(1, 3, 1, 1)).sum(dim=1, keepdim=True)
         raise UsageError(f"The images have {found} channels and the backbone takes {wanted}: type in_channels={found}.")
+
+    def configure_model(self) -> None:
+        """Shards the parts over all processes where trainer=fsdp."""
+        if self.device_mesh is not None:
+            shard(self, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         rate = self.learning_rate()
