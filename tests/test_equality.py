@@ -5,7 +5,6 @@ trainer.sync_batchnorm=true makes it; methods of pretraining compare images, and
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from omegaconf import OmegaConf
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import Metric
 
@@ -33,6 +33,9 @@ PARTS = {2: ((0, 1, 3, 4, 5), (2,)), 3: ((0, 1, 5), (2,), (3, 4))}  # image 2 ha
 EQUAL = {2: ((0, 1, 2), (3, 4, 5)), 3: ((0, 1), (2, 3), (4, 5))}
 EMPTY = 2
 TOLERANCE = 1e-6  # relative to the norm, in float32
+ROUNDED = 3e-5  # in float32 where a batch norm divides by small deviations; in float64 it is as the others
+CANCELLING = {"rotation": 1e-5}  # of four turns nearly nothing is left: one process is off by 2e-6 in float32 itself
+PURE = 1e-10  # in float64
 SIZES = (1, 2, 3, 5, 21, 22)  # images of an evaluation
 OWN = {  # beside the heads with their usual losses, and the losses with their usual head
     "class weights": ("classification", "linear", "task.class_weights=[1,2,3,4,5,6]"),
@@ -110,7 +113,7 @@ def usual(task: str, *loss: str) -> dict[str, Any]:
     return config(f"task={task}", *loss)
 
 
-def built(case: Case) -> Task:
+def built(case: Case, dtype: torch.dtype = torch.float32) -> Task:
     """A small task, the same in every process, without dropout."""
     task = case[0]
     torch.manual_seed(0)
@@ -120,7 +123,7 @@ def built(case: Case) -> Task:
             layer.p = 0.0
         if task == "detection" and isinstance(layer, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(layer.weight)  # scores that differ between places
-    return made
+    return made.to(dtype)
 
 
 def batch(images: Sequence[int], task: Task, *, views: int) -> Batch:
@@ -157,9 +160,13 @@ def sample(index: int, views: int) -> dict[str, Tensor]:
     }
 
 
-def learnt(case: Case, *, steps: int) -> Learnt:
+def normed(task: nn.Module) -> bool:
+    return any(isinstance(layer, _BatchNorm) for layer in task.modules())
+
+
+def learnt(case: Case, *, steps: int, dtype: torch.dtype) -> Learnt:
     """All gradients of the last step, and all weights after it, one after the other."""
-    task = built(case)
+    task = built(case, dtype)
     learner: nn.Module = Learner(task)
     if world_size() > 1:
         ProcessBatchNorms().apply(learner)
@@ -190,7 +197,7 @@ def measured(case: Case, images: int) -> Evaluated:
     task = built(case).eval()
     for metric in task.metrics.modules():
         if isinstance(metric, Metric):
-            metric.sync_on_compute = world_size() > 1  # torchmetrics knows nothing of `alone`
+            metric.distributed_available_fn = lambda: world_size() > 1  # torchmetrics knows nothing of `alone`
     own = list(range(rank(), images, world_size()))
     with torch.no_grad():
         for start in range(0, len(own), 2):
@@ -202,95 +209,112 @@ def measured(case: Case, images: int) -> Evaluated:
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
+    if not torch.equal(found.isnan(), expected.isnan()):
+        return torch.inf
+    found, expected = found.nan_to_num(), expected.nan_to_num()
     return ((found - expected).norm() / expected.norm().clamp(min=1e-12)).item()
 
 
 def compared(find: Callable[[], dict[str, Tensor]]) -> dict[str, float]:
-    """The relative distance of what is found here from what one process finds."""
+    """The relative distance of what is found here from what one process finds; asked of the first process alone."""
     found = find()
-    with alone() if world_size() > 1 else nullcontext():
+    if rank() > 0:
+        return {}
+    with alone():
         expected = find()
     assert found.keys() == expected.keys()
-    same = {name: torch.equal(value.isnan(), expected[name].isnan()) for name, value in found.items()}
-    return {
-        name: distance(value.nan_to_num(), expected[name].nan_to_num()) if same[name] else torch.inf
-        for name, value in found.items()
-    }
+    return {name: distance(value, expected[name]) for name, value in found.items()}
 
 
-def measure(process: int, processes: int, folder: str, steps: int) -> None:
+def measure(process: int, processes: int, folder: str, steps: int, full: bool) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=process, world_size=processes)
     errors: dict[Any, dict[str, float]] = {}
     for name, case in CASES.items():
-        errors[name] = compared(lambda: learnt(case, steps=steps))  # noqa: B023
+        for dtype in precisions(case, full=full):
+            errors[name, dtype] = compared(lambda: learnt(case, steps=steps, dtype=dtype))  # noqa: B023
     for name, case in MEASURED.items() if steps == 1 else ():
-        errors |= {(name, size): compared(lambda: measured(case, size)) for size in SIZES}  # noqa: B023
-    torch.save(errors, f"{folder}/{process}.pt")
+        for size in SIZES if full or name != "masks of objects" else ():
+            errors[name, size] = compared(lambda: measured(case, size))  # noqa: B023
+    if process == 0:
+        torch.save(errors, f"{folder}/errors.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
-def ran(folder: Path, processes: int, *, steps: int) -> list[Any]:
-    """What every one of so many processes measured."""
+def precisions(case: Case, *, full: bool) -> list[torch.dtype]:
+    """Those in which a case is compared: float64 where a batch norm enlarges what is rounded, in full float32 too."""
+    if not normed(built(case)):
+        return [torch.float32]
+    return [torch.float32, torch.float64] if full else [torch.float64]
+
+
+def ran(folder: Path, processes: int, *, steps: int = 1, full: bool = False) -> Any:
+    """The distances of what so many processes find from what one finds."""
     for case in (CASES | MEASURED).values():
         composed(case)  # once, for all processes
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a forked process must not wait for threads that it has not
-    mp.start_processes(measure, args=(processes, str(folder), steps), nprocs=processes, start_method="fork")
+    mp.start_processes(measure, args=(processes, str(folder), steps, full), nprocs=processes, start_method="fork")
     torch.set_num_threads(threads)
-    return [torch.load(folder / f"{process}.pt", weights_only=False) for process in range(processes)]
+    return torch.load(folder / "errors.pt", weights_only=False)
 
 
-def worst(found: list[Any], key: Any) -> dict[str, float]:
-    return {name: max(each[key][name] for each in found) for name in found[0][key]}
+def check_gradient(found: Any, name: str) -> None:
+    limits = {torch.float32: TOLERANCE, torch.float64: PURE}
+    errors = {dtype: found[name, dtype]["gradient"] for dtype in limits if (name, dtype) in found}
+    limits[torch.float32] = ROUNDED if torch.float64 in errors else CANCELLING.get(name, TOLERANCE)
+    assert errors
+    assert all(error < limits[dtype] for dtype, error in errors.items()), errors
+
+
+def check_figures(found: Any, name: str, images: int) -> None:
+    assert not {figure: error for figure, error in found[name, images].items() if not error < TOLERANCE}
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    return ran(tmp_path_factory.mktemp("two"), 2, steps=1)
-
-
-@pytest.fixture(scope="module")
-def three(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    return ran(tmp_path_factory.mktemp("three"), 3, steps=1)
+def two(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return ran(tmp_path_factory.mktemp("two"), 2)
 
 
 @pytest.fixture(scope="module", params=[2, 3])
-def long(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    return ran(tmp_path_factory.mktemp("long"), request.param, steps=30)
+def full(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return ran(tmp_path_factory.mktemp("full"), request.param, full=True)
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def long(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return ran(tmp_path_factory.mktemp("long"), request.param, steps=30, full=True)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_gradient_of_two_processes_is_that_of_one(name: str, two: list[Any]) -> None:
-    assert worst(two, name)["gradient"] < TOLERANCE
+def test_the_gradient_of_two_processes_is_that_of_one(name: str, two: Any) -> None:
+    check_gradient(two, name)
 
 
 @pytest.mark.parametrize("images", SIZES)
-@pytest.mark.parametrize("name", MEASURED)
-def test_the_figures_of_two_processes_are_those_of_one(name: str, images: int, two: list[Any]) -> None:
-    wrong = {figure: error for figure, error in worst(two, (name, images)).items() if not error < TOLERANCE}
-    assert not wrong
+@pytest.mark.parametrize("name", [name for name in MEASURED if name != "masks of objects"])
+def test_the_figures_of_two_processes_are_those_of_one(name: str, images: int, two: Any) -> None:
+    check_figures(two, name, images)
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", CASES)
-def test_the_gradient_of_three_processes_is_that_of_one(name: str, three: list[Any]) -> None:
-    assert worst(three, name)["gradient"] < TOLERANCE
+def test_the_gradient_of_several_processes_is_that_of_one(name: str, full: Any) -> None:
+    check_gradient(full, name)
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("images", SIZES)
 @pytest.mark.parametrize("name", MEASURED)
-def test_the_figures_of_three_processes_are_those_of_one(name: str, images: int, three: list[Any]) -> None:
-    wrong = {figure: error for figure, error in worst(three, (name, images)).items() if not error < TOLERANCE}
-    assert not wrong
+def test_the_figures_of_several_processes_are_those_of_one(name: str, images: int, full: Any) -> None:
+    check_figures(full, name, images)
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", CASES)
-def test_thirty_steps_of_several_processes_are_those_of_one(name: str, long: list[Any]) -> None:
-    assert worst(long, name)["weights"] < 1e-5
+def test_thirty_steps_of_several_processes_are_those_of_one(name: str, long: Any) -> None:
+    assert long[name, torch.float32]["weights"] < 1e-5
 
 
 def test_every_head_and_loss_of_conf_is_a_case() -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 from torch.distributed import DistNetworkError
 
 from visiontasks.callbacks.agreement import difference, flat
@@ -82,7 +84,8 @@ def job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Job]:
     monkeypatch.setattr(subprocess, "Popen", lambda _, **options: popen([sys.executable, str(script)], **options))
     monkeypatch.setattr(ranks, "_PATIENCE", 1.0)
     monkeypatch.setattr(Job, "_watch", lambda _: None)
-    made = Job({})  # type: ignore[arg-type]
+    made = Job(OmegaConf.create())
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", OmegaConf.create())
     yield made
     made.abandon()
 

@@ -167,17 +167,19 @@ def build_trainer(config: Config, *, folder: Path, callbacks: Sequence[Callback]
         _convert_="all",
         **plugins,
     )
-    check_sharding(trainer, get_class(config["task"]["_target_"]), together=together)
+    check_sharding(trainer, config, together=together)
     return trained_together(trainer, timeout=timeout)
 
 
-def check_sharding(trainer: Trainer, task: type[Task], *, together: bool) -> None:
+def check_sharding(trainer: Trainer, config: Config, *, together: bool) -> None:
     """Raises UsageError where trainer=fsdp is joined with what it does not do."""
     if not isinstance(trainer.strategy, Sharded):
         return
+    task, head = (get_class(config[part]["_target_"]) if config.get(part) else None for part in ("task", "head"))
     averaged = any(isinstance(each, (WeightAveraging, StochasticWeightAveraging)) for each in trainer.callbacks)  # type: ignore[attr-defined]
     refused = {
-        f"task={task.__name__.lower()}": not task.shards,
+        f"the task {getattr(task, '__name__', '')}": not getattr(task, "shards", True),
+        f"the head {getattr(head, '__name__', '')}": not getattr(head, "shards", True),
         "trainer.sync_batchnorm=true": together,
         "callbacks.ema or callbacks.swa": averaged,
     }

@@ -17,13 +17,15 @@ def main() -> None:
     """Does what the first rank does, and ends well only where the first rank says that all have."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.core.utils import setup_globals
+    from omegaconf import OmegaConf
 
     from visiontasks.cli.ranks import GOOD, PARENT
 
     die_with_parent(int(os.environ[PARENT]))
     faulthandler.register(signal.SIGUSR1)  # the first rank asks where this one hangs
     setup_globals()
-    composed, HydraConfig.instance().cfg = pickle.load(sys.stdin.buffer)
+    composed, hydra = map(OmegaConf.create, pickle.load(sys.stdin.buffer))
+    HydraConfig.instance().cfg = hydra
     os.environ["HYDRA_FULL_ERROR"] = "1"
     name = HydraConfig.get().job.config_name
     job = getattr(importlib.import_module(f"visiontasks.cli.{name}"), name)

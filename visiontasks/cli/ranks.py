@@ -23,7 +23,7 @@ from lightning import Trainer
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from visiontasks.errors import UsageError
@@ -135,7 +135,11 @@ class Job:
     def start(self, numbers: range) -> None:
         """Starts all ranks of this node but the first, which is this process."""
         self.number = numbers[0]
-        handed = pickle.dumps((self.composed, HydraConfig.instance().cfg))
+        plain = (
+            OmegaConf.to_container(self.composed, resolve=True),
+            OmegaConf.to_container(HydraConfig.instance().cfg),
+        )
+        handed = pickle.dumps(plain)
         self.others = [_started(local, number, handed) for local, number in enumerate(numbers) if local]
         threading.Thread(target=self._watch, daemon=True, name="ranks").start()
 
@@ -145,7 +149,7 @@ class Job:
         codes = {rank.number: rank.dismiss() for rank in self.others}
         if any(codes.values()):
             self._end(self._cause())
-        if self.others:
+        if self.others and dist.is_initialized():
             dist.destroy_process_group()
 
     def failed(self, error: BaseException) -> None:
@@ -165,6 +169,8 @@ class Job:
         """Ends the other ranks at once."""
         self._noticed.set()
         for rank in self.others:
+            if rank.process.poll() is None:
+                _BROKEN.set()
             rank.process.kill()
             rank.process.wait()
 
@@ -234,11 +240,14 @@ class Job:
 
 
 _JOB: ContextVar[Job | None] = ContextVar("job", default=None)
+_BROKEN = threading.Event()  # ranks of this process's last job are gone, and torch still counts on them
 
 
 @contextmanager
 def one_job(composed: DictConfig) -> Iterator[None]:
     """Within it a trainer of `trained_together` has its ranks; they end with it, so that a next job has its own."""
+    if _BROKEN.is_set():
+        raise UsageError("A job of several processes failed, and the sweep ends with it: start the other jobs anew.")
     before = {name: os.environ.get(name) for name in LAUNCHED}
     job = Job(composed)
     token = _JOB.set(job)

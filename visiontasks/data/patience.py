@@ -75,6 +75,7 @@ class PatientLoader(DataLoader[Any]):
     def _hung(self, batches: Any) -> HungWorker:
         data: Any = self.dataset
         longest = data.reading.longest()
+        batches._shutdown_workers()  # waits five seconds, and has torch expect what comes
         for worker in batches._workers:
             worker.kill()
         if longest is None:

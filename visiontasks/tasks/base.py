@@ -20,6 +20,7 @@ from visiontasks.layers.sharding import shard
 from visiontasks.tasks.metrics import Metrics, weighted_sum
 from visiontasks.tasks.optimisation import MakeOptimizer, MakeSchedule, Pace, at_rates, cosine, parameter_groups
 
+CONSTANT = ("pixel_scale", "pixel_shift", "class_weights")  # buffers that are the same in every process
 LUMINANCE = (0.299, 0.587, 0.114)  # of red, green and blue, ITU-R BT.601
 Prediction = dict[str, Any]  # of one image, in plain numbers, strings and lists, so that it is a line of JSON
 
@@ -71,6 +72,7 @@ class Task(LightningModule):
         self.pixel_shift: Tensor
         self.register_buffer("pixel_scale", (1 / (255 * std)).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("pixel_shift", (-mean / std).view(1, -1, 1, 1), persistent=False)
+        self._ddp_params_and_buffers_to_ignore = list(CONSTANT)  # else DDP would send them in every step
 
     @classmethod
     def required(cls, head: type) -> frozenset[str]:  # noqa: ARG003
