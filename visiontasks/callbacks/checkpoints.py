@@ -16,10 +16,11 @@ from torch import Tensor
 
 from visiontasks.callbacks.metrics_file import MetricsFile
 from visiontasks.durable import save_archive, verify
-from visiontasks.layers.distributed import share_first, world_size
+from visiontasks.layers.distributed import announced, share_first, world_size
 from visiontasks.layers.lifetime import launched
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+_STOP = "visiontasks/stop"  # what processes tell each other: the step at which all of them end
 
 
 class DurableCheckpoints(TorchCheckpointIO):
@@ -77,15 +78,13 @@ class LastCheckpoint(Callback):
 
     def on_train_start(self, trainer: Any, module: Any) -> None:  # noqa: ARG002
         trainer._logger_connector._callback_metrics.update(self._saved["figures"])
-        trainer.fit_loop._restarting = (
-            False  # else the epoch's end would leave out the schedulers that monitor a figure
-        )
-        self._listen(trainer)
+        trainer.fit_loop._restarting = False  # else an epoch's end would leave out schedulers that monitor a figure
+        self._listen()
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
         if not module.resumable(batch_idx):
             return
-        stopping = self.signal is not None if world_size() == 1 else trainer.datamodule.stopping
+        stopping = self._stopping(trainer.global_step)
         if stopping or self._due(trainer.global_step, first=batch_idx == 0):
             self._save(trainer, _between_batches(trainer))
         if stopping:
@@ -115,6 +114,16 @@ class LastCheckpoint(Callback):
         if self.signal is not None and world_size() == 1:
             self._leave(trainer)
 
+    def _stopping(self, step: int) -> bool:
+        """Whether it is time to stop: one process does so at once, several together at the step after the next.
+
+        The others begin that one only when this process has made the one before, and so have heard of it.
+        """
+        if world_size() == 1:
+            return self.signal is not None
+        last = announced(_STOP, step + 1 if self.signal is not None else None)
+        return last is not None and step >= last
+
     def _due(self, step: int, *, first: bool) -> bool:
         saved = self._saved["step"]
         asked = self.every is not None and step // self.every != saved // self.every
@@ -129,12 +138,11 @@ class LastCheckpoint(Callback):
         with counters:
             trainer.save_checkpoint(self.file)
 
-    def _listen(self, trainer: Any) -> None:
+    def _listen(self) -> None:
         """Takes over the signals to stop until Lightning, at the end, puts back what was there before it."""
 
         def stop(number: int, _: FrameType | None) -> None:
             self.signal = number
-            trainer.datamodule.interrupted = True
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
         self.signal = None

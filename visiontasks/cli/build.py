@@ -9,16 +9,20 @@ import torch
 import yaml
 from hydra.utils import get_class, instantiate
 from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from omegaconf import DictConfig, OmegaConf
 
+from visiontasks.callbacks.agreement import Agreement
 from visiontasks.callbacks.checkpoints import DurableCheckpoints
 from visiontasks.callbacks.unfreezing import Unfreezing
 from visiontasks.cli.command_line import conf_folders
+from visiontasks.cli.ranks import trained_together
 from visiontasks.contracts import Backbone, UsageError
 from visiontasks.data.module import DataModule
 from visiontasks.durable import verify
 from visiontasks.layers.batch_norm import ProcessBatchNorms
 from visiontasks.layers.freezing import cut_stages
+from visiontasks.layers.sharding import Sharded
 from visiontasks.tasks.base import Task
 from visiontasks.tasks.optimisation import Pace
 from visiontasks.transfer import Auto, freeze_for_good
@@ -155,16 +159,35 @@ def build_trainer(config: Config, *, folder: Path, callbacks: Sequence[Callback]
     precision, asked = resolved_precision(config["trainer"]["precision"]), config["trainer"]["sync_batchnorm"]
     together = get_class(config["task"]["_target_"]).sees_all if asked == "auto" else asked
     options = config["trainer"] | {"precision": precision, "sync_batchnorm": together}
+    timeout = options.pop("timeout")
     plugins = [DurableCheckpoints(), *([ProcessBatchNorms()] if together else [])]
     trainer: Trainer = instantiate(
         options,
-        callbacks=[*build_callbacks(config.get("callbacks") or {}), *callbacks],
+        callbacks=[Agreement(config, timeout=timeout), *build_callbacks(config.get("callbacks") or {}), *callbacks],
         logger=[instantiate(logger, _convert_="all") for logger in (config.get("logger") or {}).values()],
         default_root_dir=str(folder),
         _convert_="all",
         plugins=plugins,
     )
-    return trainer
+    check_sharding(trainer, config, together=together)
+    return trained_together(trainer, timeout=timeout)
+
+
+def check_sharding(trainer: Trainer, config: Config, *, together: bool) -> None:
+    """Raises UsageError where trainer=fsdp is joined with what it does not do."""
+    if not isinstance(trainer.strategy, Sharded):
+        return
+    task, head = (get_class(config[part]["_target_"]) if config.get(part) else None for part in ("task", "head"))
+    averaged = any(isinstance(each, (WeightAveraging, StochasticWeightAveraging)) for each in trainer.callbacks)  # type: ignore[attr-defined]
+    refused = {
+        f"the task {getattr(task, '__name__', '')}": not getattr(task, "shards", True),
+        f"the head {getattr(head, '__name__', '')}": not getattr(head, "shards", True),
+        "trainer.sync_batchnorm=true": together,
+        "callbacks.ema or callbacks.swa": averaged,
+    }
+    found = [name for name, here in refused.items() if here]
+    if found:
+        raise UsageError(f"trainer=fsdp does not do {' or '.join(found)}: type trainer=ddp.")
 
 
 def build_callbacks(config: Config) -> list[Callback]:

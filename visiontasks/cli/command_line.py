@@ -9,7 +9,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from visiontasks.cli.meeting import at_one_time
 from visiontasks.errors import UsageError
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -39,7 +41,7 @@ def run(
 
         if before is not None:
             before(arguments)
-        sys.argv[1:] = with_user_conf([quoted(argument) for argument in arguments])
+        sys.argv[1:] = with_user_conf(at_one_time([quoted(argument) for argument in arguments], config))
         failures: list[Exception] = []
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config)(_kept_quiet(job, failures))()
         if failures:
@@ -47,13 +49,19 @@ def run(
 
 
 def _kept_quiet(job: Callable[..., object], failures: list[Exception]) -> Callable[..., object]:
-    """The job, with its exception put aside: Hydra would print a line of its own before passing it on."""
+    """The job with its ranks, its exception put aside: Hydra would print a line of its own before passing it on."""
+    home = os.getpid()
 
     @functools.wraps(job)
-    def quiet(composed: object) -> object:
+    def quiet(composed: Any) -> object:
+        from visiontasks.cli.ranks import one_job
+
         try:
-            return job(composed)
+            with one_job(composed):
+                return job(composed)
         except Exception as error:
+            if os.getpid() != home:  # a launcher runs it in a process of its own
+                raise
             failures.append(error)
             return None
 

@@ -68,13 +68,11 @@ def train(composed: "DictConfig") -> float:
         plain,
         start_backbone,
     )
-    from visiontasks.layers.lifetime import join_launcher
 
     if composed.transfer_study:
         from visiontasks.cli.study import study
 
         return study(composed)
-    join_launcher()
     hydra = HydraConfig.get()
     config, folder = plain(composed), Path(hydra.runtime.output_dir)
     checkpoint = resume_from(config["resume"], folder)
@@ -220,7 +218,7 @@ def quieten() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         r".*does not have many workers.*",  # on a CPU, workers would only compete with the training
-        r".*recommended to use `.*sync_dist=True`.*",  # our figures are already over all processes
+        r".*recommended to use `.*sync_dist=True.*",  # our figures are already over all processes
         r".*Checkpoint directory .* exists and is not empty.*",
         r".*number of training batches .* is smaller than the logging interval.*",
         r".*module\(s\) in eval mode.*",  # which frozen parts are meant to be

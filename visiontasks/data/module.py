@@ -20,10 +20,11 @@ from visiontasks.contracts import Batch, Sample, Transform, UsageError
 from visiontasks.data.fraction import share_of
 from visiontasks.data.images import BadFile
 from visiontasks.data.masks import MaskFiles, Survey, median_frequency, survey
+from visiontasks.data.patience import PatientLoader, Reading
 from visiontasks.data.sampling import EpochSampler, too_large_a_batch
 from visiontasks.data.source import Cached, CacheKind, Source, Subset
 from visiontasks.layers.distributed import anywhere, collected, world_size
-from visiontasks.layers.lifetime import end_with_parent
+from visiontasks.layers.lifetime import die_with_parent
 
 if TYPE_CHECKING:
     from visiontasks.data.views import MultiView
@@ -70,10 +71,10 @@ class DataModule(LightningDataModule):
     files that may be bad (left out, and named in `bad_files`) before training stops; with 0 the first one stops it.
     `fraction` is the share of the training images to learn from, see visiontasks.data.fraction.
     `probe_images` is how many training images `probe_dataloader` shows at most.
-    Several processes count their bad files together, and stop together: after each training batch, and for those of an
-    evaluation before the next training batch or at the end. So they agree on being `interrupted`: `stopping` is set in
-    all of them with the next training batch. Where a trainer goes on in the middle of an epoch, the training loader
-    begins with the batch that is next, which takes the batch size and number of processes of before.
+    A worker that gives no batch for `timeout` seconds is killed, and the file that it hung on named; 0: never.
+    Several processes count their bad files together, and stop together: once in trainer.log_every_n_steps training
+    batches, and at the end. Where a trainer goes on in the middle of an epoch, the training loader begins with the
+    batch that is next, which takes the batch size and number of processes of before.
     """
 
     provides: frozenset[str] = frozenset()  # the annotations that samples have, in the words of contracts.Sample
@@ -94,6 +95,7 @@ class DataModule(LightningDataModule):
         max_bad_fraction: float = 0.0,
         fraction: float = 1.0,
         probe_images: int = 5000,
+        timeout: float = 300.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -106,14 +108,14 @@ class DataModule(LightningDataModule):
         self.max_bad_fraction = max_bad_fraction
         self.fraction = fraction
         self.probe_images = probe_images
+        self.timeout = timeout
         self.seed = seed
         self.test_split = "test"
         self.bad_files: dict[str, str] = {}
         self._bad: dict[str, set[str]] = {split: set() for split in SPLITS}
         self._found: list[BadEntry] = []  # since the processes last told each other
-        self.interrupted = False  # this process was asked to stop
-        self.stopping = False  # one of the processes was, and all know
         self._stopped_at: Mapping[str, int] = {"epoch": 0, "batches": 0}
+        self._batches = 0  # of training, which this process has seen
         self._needed: frozenset[str] = frozenset()
         self._selected: frozenset[str] | None = None
         self._sources: dict[str, Source] = {}
@@ -267,10 +269,26 @@ class DataModule(LightningDataModule):
         """
         entries = batch.pop("bad", []) if isinstance(batch, dict) else []
         self._found += entries
-        evaluating = self.trainer is not None and not self.trainer.training
-        if world_size() == 1 or not evaluating:  # several evaluate uneven numbers of batches
-            self._judge(lost=entries if entries and "index" not in batch else [])
+        lost = entries if entries and "index" not in batch else []
+        if self._together():
+            self._judge(lost=lost)
+        elif lost:
+            raise UsageError(_all_bad(lost))
         return batch
+
+    def _together(self) -> bool:
+        """Whether all processes are here, and tell each other what they found: once in a log interval of training.
+
+        In evaluation they have uneven numbers of batches.
+        """
+        trainer = self.trainer
+        if world_size() == 1 or trainer is None:
+            return True
+        if not trainer.training:
+            return False
+        self._batches += 1
+        interval: int = getattr(trainer, "log_every_n_steps", 1)
+        return self._batches % max(1, interval) == 0
 
     def teardown(self, stage: str | None = None) -> None:  # noqa: ARG002, Lightning names the stage
         """Note the bad files of the last evaluation; raises UsageError as on_before_batch_transfer does."""
@@ -278,17 +296,16 @@ class DataModule(LightningDataModule):
 
     def _judge(self, *, lost: Sequence[BadEntry] = ()) -> None:
         """Note what every process has found bad since the last time; `lost` are the files of a batch with no other."""
-        if not anywhere(bool(self._found) or self.interrupted):
+        if not anywhere(bool(self._found)):
             return
-        parts = collected((self._found.copy(), lost, self.interrupted))
-        self.stopping = any(interrupted for _, _, interrupted in parts)
+        parts = collected((self._found.copy(), lost))
         self._found.clear()
-        found = [entry for entries, _, _ in parts for entry in entries]
+        found = [entry for entries, _ in parts for entry in entries]
         for split in dict.fromkeys(split for split, _, _ in found):
             self._note_all(split, [(name, reason) for part, name, reason in found if part == split])
-        for _, files, _ in parts:
+        for _, files in parts:
             if files:
-                raise UsageError(f"All {len(files)} files of a batch are bad, among them {_sentence(*files[0][1:])}")
+                raise UsageError(_all_bad(files))
 
     def _note(self, split: str, name: str, reason: str) -> None:
         self.bad_files[name] = reason
@@ -376,7 +393,7 @@ class DataModule(LightningDataModule):
         train: bool,
         keys: frozenset[str],
         views: bool = False,
-        kind: Callable[..., DataLoader[Any]] = DataLoader,
+        kind: Callable[..., DataLoader[Any]] = PatientLoader,
     ) -> DataLoader[Any]:
         transform, multi_view = self._transforms(train=train, keys=keys, views=views)
         data = Views(source, transform, split=split, keys=keys, seed=self.seed, multi_view=multi_view)
@@ -387,6 +404,7 @@ class DataModule(LightningDataModule):
         )
         return kind(
             data,
+            timeout=self.timeout,
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=workers,
@@ -462,12 +480,17 @@ class Views(Dataset[Sample | BadEntry]):
         self.keys = keys | {"image"} | (_WITH_BOXES if "bboxes" in keys else frozenset())
         self.seed = seed
         self.multi_view = multi_view
+        self.reading = Reading(0)
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, key: Key | int) -> Sample | BadEntry:
         epoch, index = key if isinstance(key, tuple) else (0, key)
+        with self.reading.sample(index):
+            return self._item(epoch=epoch, index=index)
+
+    def _item(self, *, epoch: int, index: int) -> Sample | BadEntry:
         try:
             given = self.given(index)
             if getattr(self.transform, "mixes", False):
@@ -509,14 +532,14 @@ class _Others(Sequence[Sample]):
         return self.views.given(index)
 
 
-class _EvaluationLoader(DataLoader[Any]):
+class _EvaluationLoader(PatientLoader):
     """Hands on no bad files, nor a batch of them alone: they are put to those `found`."""
 
     def __init__(self, data: Dataset[Any], *, found: list[BadEntry], **options: Any) -> None:
         super().__init__(data, **options)
         self.found = found
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Batch]:
         for batch in super().__iter__():
             self.found += batch.pop("bad", [])
             if "image" in batch:
@@ -537,9 +560,9 @@ def collate(items: list[Sample | BadEntry]) -> Batch:
 
 
 def begin_worker(_: int) -> None:
-    """Keep a worker process to one thread, as the cores are shared out already, and to its parent's lifetime."""
+    """Keep a worker process to one thread, as the cores are shared out already, and have it end with its parent."""
+    die_with_parent()
     torch.set_num_threads(1)
-    end_with_parent()
 
 
 def default_workers() -> int:
@@ -605,6 +628,10 @@ def _listed(words: frozenset[str]) -> str:
 
 def _sentence(name: str, reason: str) -> str:
     return f"{name} {reason}" if reason[:1].islower() else f"{name}: {reason}"
+
+
+def _all_bad(files: Sequence[BadEntry]) -> str:
+    return f"All {len(files)} files of a batch are bad, among them {_sentence(*files[0][1:])}"
 
 
 def _rounded_up(fraction: float) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from datetime import timedelta
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -53,6 +54,23 @@ def collected(value: T) -> list[T]:
     parts: list[Any] = [None] * world_size()
     dist.all_gather_object(parts, value, group=_between_cpus(dist.group.WORLD))
     return parts
+
+
+def announced(name: str, number: int | None = None) -> int | None:
+    """The number that the first process to do so has announced under a name; no process waits for another one."""
+    store = dist.distributed_c10d._get_default_store()
+    if number is not None:
+        return int(store.compare_set(name, "", str(number)))
+    return int(store.get(name)) if store.check([name]) else None
+
+
+def wait_at_most(seconds: float) -> None:
+    """Has this process fail where it waits longer than that for another one."""
+    if world_size() == 1:
+        return
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # torch < 2.14
+    for group in {dist.group.WORLD, _between_cpus(dist.group.WORLD)}:
+        set_timeout(timedelta(seconds=seconds), group)
 
 
 @lru_cache(maxsize=1)

@@ -5,28 +5,22 @@ import os
 import signal
 import sys
 
-_SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's prctl
-_LAUNCHER = "VISIONTASKS_LAUNCHER"  # in the environment: the number of the process that launches others
-
-
-def join_launcher() -> None:
-    """Binds this process to the one of ours that launched it; any other becomes the launcher of those it may start."""
-    if launched():
-        end_with_parent()
-    else:
-        os.environ[_LAUNCHER] = str(os.getpid())
+PARENT = "VISIONTASKS_PARENT"  # in the environment of a rank that we started: the process that did
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def launched() -> bool:
-    """Whether a process of ours, and not a shell, torchrun or SLURM, started this one."""
-    return os.environ.get("LOCAL_RANK", "0") != "0" and os.environ.get(_LAUNCHER) == str(os.getppid())
+    """Whether a first rank of ours, and not a shell, torchrun or SLURM, started this process."""
+    return os.environ.get(PARENT) == str(os.getppid())
 
 
-def end_with_parent() -> None:
-    """Has Linux kill this process when its parent ends, however that happens; elsewhere does nothing."""
+def die_with_parent(parent: int | None = None) -> None:
+    """Has the kernel kill this process as soon as its parent, or the thread that forked it, ends; on Linux only.
+
+    parent is the id of the process that is meant, where it may have ended already.
+    """
     if sys.platform != "linux":
         return
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
-    if os.getppid() != parent:  # it has ended in the meantime
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent is not None and os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)

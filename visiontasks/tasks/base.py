@@ -17,9 +17,11 @@ from torch.optim import AdamW, Optimizer
 
 from visiontasks.contracts import Backbone, Batch, UsageError
 from visiontasks.layers.distributed import collected, mean_over_processes, rank, sum_over_processes, world_size
+from visiontasks.layers.sharding import shard
 from visiontasks.tasks.metrics import Metrics, weighted_sum
 from visiontasks.tasks.optimisation import MakeOptimizer, MakeSchedule, Pace, at_rates, cosine, parameter_groups
 
+CONSTANT = ("pixel_scale", "pixel_shift", "class_weights")  # buffers that are the same in every process
 LUMINANCE = (0.299, 0.587, 0.114)  # of red, green and blue, ITU-R BT.601
 Prediction = dict[str, Any]  # of one image, in plain numbers, strings and lists, so that it is a line of JSON
 
@@ -37,6 +39,7 @@ class Task(LightningModule):
     metrics: Metrics
     loss_weights: dict[str, float]  # by the losses' names
     sees_all: ClassVar[bool] = False  # its batch norms want statistics over all processes
+    shards: ClassVar[bool] = True  # its parts use their parameters within their forward alone, as sharding wants it
     panels: ClassVar[int] = 1  # pictures side by side that `draw` makes of one image
     unit: ClassVar[str] = "images"  # what the confusion matrix counts
 
@@ -71,6 +74,7 @@ class Task(LightningModule):
         self.pixel_shift: Tensor
         self.register_buffer("pixel_scale", (1 / (255 * std)).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("pixel_shift", (-mean / std).view(1, -1, 1, 1), persistent=False)
+        self._ddp_params_and_buffers_to_ignore = list(CONSTANT)  # else DDP would send them in every step
 
     @classmethod
     def required(cls, head: type) -> frozenset[str]:  # noqa: ARG003
@@ -90,6 +94,11 @@ class Task(LightningModule):
         if (found, wanted) == (3, 1):
             return (pixels * pixels.new_tensor(LUMINANCE).view(1, 3, 1, 1)).sum(dim=1, keepdim=True)
         raise UsageError(f"The images have {found} channels and the backbone takes {wanted}: type in_channels={found}.")
+
+    def configure_model(self) -> None:
+        """Shards the parts over all processes where trainer=fsdp."""
+        if self.device_mesh is not None:
+            shard(self, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         rate = self.learning_rate()

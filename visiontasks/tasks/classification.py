@@ -199,6 +199,15 @@ class MultiLabelMetrics(_LabelMetrics):
                 "map": MultilabelAveragePrecision(classes, average="macro"),
             }
         )
+        self.classes = classes
+
+    def compute(self) -> tuple[Figures, Figures]:
+        """Figures by name, and no tables."""
+        ranked: Any = self.metrics["map"]
+        if not ranked.preds:  # of a process without an image; torchmetrics would send a vector in place of rows
+            rows = torch.zeros(0, self.classes, device=ranked.device)
+            ranked.preds, ranked.target = [rows], [rows.long()]
+        return super().compute()
 
 
 def _mix(mixup: float, cutmix: float, classes: int) -> nn.Module | None:

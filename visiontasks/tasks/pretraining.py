@@ -47,6 +47,7 @@ class Pretraining(Task):
     needs: frozenset[str] = frozenset()
     wants: frozenset[str] = frozenset({"label"})
     sees_all: ClassVar[bool] = True
+    shards: ClassVar[bool] = False  # teachers and prototypes are used outside a forward
     panels: ClassVar[int] = 3  # of most methods: the image and two views
     metrics: "Gauges"
 
