@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from visiontasks.errors import UsageError
 
 if TYPE_CHECKING:
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")
 _NOW = re.compile(r"\$\{now:([^}]*)\}")
@@ -47,7 +47,7 @@ def _address(*, host: bool) -> tuple[str, int, bool]:
 
 
 def _of_slurm() -> tuple[str, int, bool] | None:
-    from lightning.fabric.plugins.environments import SLURMEnvironment
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
     if not SLURMEnvironment.detect():  # an interactive shell within an allocation
         return None

@@ -539,7 +539,7 @@ class _EvaluationLoader(PatientLoader):
         super().__init__(data, **options)
         self.found = found
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         for batch in super().__iter__():
             self.found += batch.pop("bad", [])
             if "image" in batch:

@@ -23,8 +23,8 @@ class Reading:
     """Which sample each worker is reading, and since when, in memory that all processes share."""
 
     def __init__(self, workers: int) -> None:
-        self.index = torch.full((workers,), _IDLE, dtype=torch.int64).share_memory_()
-        self.since = torch.zeros(workers, dtype=torch.float64).share_memory_()
+        self.index = torch.full((workers,), _IDLE, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        self.since = torch.zeros(workers, dtype=torch.float64).share_memory_()  # type: ignore[no-untyped-call]
 
     @contextmanager
     def sample(self, index: int) -> Iterator[None]:
