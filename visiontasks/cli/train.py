@@ -67,6 +67,11 @@ def train(composed: "DictConfig") -> float:
         start_backbone,
     )
 
+    if composed.doctor:
+        from visiontasks.cli.doctor import doctor
+
+        doctor(composed)
+        return 0.0
     if composed.transfer_study:
         from visiontasks.cli.study import study
 
@@ -77,7 +82,7 @@ def train(composed: "DictConfig") -> float:
     quieten()
     seed_everything(config["seed"], workers=True, verbose=False)
     data = build_data(config)
-    data.select(*_annotations(config))
+    data.select(*annotations(config))
     data.setup()
     config = monitoring(composed, config, labelled="label" in data.keys)
     if config["task"].get("class_weights") == "balanced":
@@ -98,7 +103,7 @@ def train(composed: "DictConfig") -> float:
     return finish(trainer, task, test=config["test"])
 
 
-def _annotations(config: "Config") -> tuple[frozenset[str], frozenset[str]]:
+def annotations(config: "Config") -> tuple[frozenset[str], frozenset[str]]:
     """What the task needs, and what it takes where the data have it."""
     from hydra.utils import get_class
 
@@ -203,6 +208,7 @@ def quieten() -> None:
         r".*number of training batches .* is smaller than the logging interval.*",
         r".*module\(s\) in eval mode.*",  # which frozen parts are meant to be
         r".*isinstance\(treespec, LeafSpec\).*",  # Lightning's own
+        r".*You defined a `validation_step` but have no `val_dataloader`.*",  # which the doctor leaves out
     ):
         warnings.filterwarnings("ignore", message=message)
 
