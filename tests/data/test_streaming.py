@@ -166,6 +166,17 @@ def test_two_processes_see_different_chunks_and_together_each_sample_once(sets: 
     assert indices(alike(given, place)) != indices(alike(given, place), epoch=1)
 
 
+def test_an_epoch_goes_on_at_any_batch(sets: dict[str, Pair]) -> None:
+    make, place = sets["scenes"]
+    whole, resumed = (alike(make(), place).train_dataloader() for _ in range(2))
+    for loader in (whole, resumed):
+        loader.sampler.set_epoch(2)  # type: ignore[attr-defined]
+    resumed.sampler.resume(epoch=2, batches=2)  # type: ignore[attr-defined]
+    rest = list(resumed)
+    assert len(rest) == 3
+    assert all(map(equal, list(whole)[2:], rest))
+
+
 def test_evaluation_counts_each_sample_once_on_any_number_of_processes(sets: dict[str, Pair]) -> None:
     make, place = sets["scenes"]
     seen: list[int] = []

@@ -226,7 +226,7 @@ def _faults(sample: Sample, classes: int) -> Iterator[str]:
 
 
 def normalised(images: Tensor) -> Verdict:
-    """Whether the pixels as the network sees them are about 0 in the mean and 1 in their spread; images (B, C, H, W)."""
+    """Whether pixels (B, C, H, W) as the network sees them are about 0 in the mean and 1 in their spread."""
     mean, std = images.float().mean().item(), images.float().std().item()
     told = f"the first batch has mean {mean:+.2f} and standard deviation {std:.2f} when normalised"
     if not (abs(mean) < 1.5 and 0.2 < std < 2.5):
