@@ -67,8 +67,9 @@ def test_other_configs_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert verdict.status == "fault"
     assert "ranks 2 of 3 have another config than rank 0" in verdict.sentence
     monkeypatch.delitem(os.environ, "WORLD_SIZE", raising=False)
-    one, first = same_config({"seed": 1})
-    other, _ = same_config({"seed": 2})
+    one, first = same_config({"seed": 1, "logger": "runs/a/log"}, Path("runs/a"))
+    again, _ = same_config({"seed": 1, "logger": "runs/b/log"}, Path("runs/b"))
+    other, _ = same_config({"seed": 2, "logger": "runs/a/log"}, Path("runs/a"))
     assert first
     assert one.status == "ok"
-    assert one.sentence != other.sentence
+    assert one.sentence == again.sentence != other.sentence

@@ -53,7 +53,7 @@ def doctor(composed: "DictConfig") -> None:
     config, folder = plain(composed), Path(HydraConfig.get().runtime.output_dir)
     quieten()
     begin = time.perf_counter()
-    equal, first = same_config(config)
+    equal, first = same_config(config, folder)
     if not first:
         return
     seed_everything(config["seed"], workers=True, verbose=False)
@@ -70,13 +70,14 @@ def doctor(composed: "DictConfig") -> None:
         sys.exit(1)
 
 
-def same_config(config: "Config") -> tuple["Verdict", bool]:
-    """Whether all processes of torchrun have the same config, and whether this is the one that goes on."""
+def same_config(config: "Config", folder: Path) -> tuple["Verdict", bool]:
+    """Whether all processes of torchrun have the same config but for the run folder, and whether this one goes on."""
     from torch import distributed as dist
 
     from visiontasks.layers.distributed import collected, rank
 
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    text = json.dumps(config, sort_keys=True, default=str).replace(str(folder), "")  # its name is the second it began
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return compared([digest]), True
     dist.init_process_group("gloo")
