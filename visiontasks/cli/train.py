@@ -69,6 +69,11 @@ def train(composed: "DictConfig") -> float:
         start_backbone,
     )
 
+    if composed.doctor:
+        from visiontasks.cli.doctor import doctor
+
+        doctor(composed)
+        return 0.0
     if composed.transfer_study:
         from visiontasks.cli.study import study
 
@@ -79,7 +84,7 @@ def train(composed: "DictConfig") -> float:
     quieten()
     seed_everything(config["seed"], workers=True, verbose=False)
     data = build_data(config)
-    data.select(*_annotations(config))
+    data.select(*annotations(config))
     data.setup()
     config = monitoring(composed, config, labelled="label" in data.keys)
     if config["task"].get("class_weights") == "balanced":
@@ -101,7 +106,7 @@ def train(composed: "DictConfig") -> float:
     return finish(trainer, task, test=config["test"])
 
 
-def _annotations(config: "Config") -> tuple[frozenset[str], frozenset[str]]:
+def annotations(config: "Config") -> tuple[frozenset[str], frozenset[str]]:
     """What the task needs, and what it takes where the data have it."""
     from hydra.utils import get_class
 
@@ -224,6 +229,7 @@ def quieten() -> None:
         r".*module\(s\) in eval mode.*",  # which frozen parts are meant to be
         r".*isinstance\(treespec, LeafSpec\).*",  # Lightning's own
         r".*your dataloader is not resumable.*",  # it begins with the batch that is next
+        r".*You defined a `validation_step` but have no `val_dataloader`.*",  # which the doctor leaves out
     ):
         warnings.filterwarnings("ignore", message=message)
 

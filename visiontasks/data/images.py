@@ -59,7 +59,11 @@ def read_image(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
     Raises BadFile, with the reason: unreadable, no image, damaged, truncated, more than MAX_PIXELS, floating point or
     32-bit samples, or several frames. Damage inside a JPEG's compressed data that leaves it well-formed is not seen.
     """
-    data = _read(path)
+    return decode_image(path, _read(path))
+
+
+def decode_image(path: str | os.PathLike[str], data: bytes) -> NDArray[np.uint8]:
+    """Decode the bytes of an image file as read_image does; `path` is what an error calls it."""
     picture = _open(path, data)
     if (picture.format, picture.mode) in _FAST and "transparency" not in picture.info:
         return _oriented(_decode(path, data), _orientation(path, picture, data))

@@ -401,7 +401,13 @@ class DataModule(LightningDataModule):
         world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         workers = default_workers() if self.num_workers is None else self.num_workers
         sampler = EpochSampler(
-            data, batch_size=self.batch_size, shuffle=train, seed=self.seed, rank=rank, num_replicas=world
+            data,
+            batch_size=self.batch_size,
+            shuffle=train,
+            seed=self.seed,
+            rank=rank,
+            num_replicas=world,
+            order=getattr(source, "order", None),
         )
         return kind(
             data,
