@@ -1,5 +1,8 @@
 """Callbacks that one setting switches on: while it is null or false they give None, and the run goes without them."""
 
+from typing import Any
+
+from lightning import Trainer
 from lightning.pytorch.callbacks import (
     EarlyStopping,
     EMAWeightAveraging,
@@ -22,9 +25,17 @@ def early_stopping(
     return EarlyStopping(monitor=monitor, mode=mode, patience=patience, min_delta=min_delta)
 
 
-def ema(*, decay: float | None = None) -> EMAWeightAveraging | None:
+class Average(EMAWeightAveraging):
+    """An exponential moving average of the weights that stands still while steps are left out."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *rest: Any) -> None:
+        if not pl_module.step_skipped:
+            super().on_train_batch_end(trainer, pl_module, *rest)
+
+
+def ema(*, decay: float | None = None) -> Average | None:
     """Keeps an exponential moving average of the weights, which validation, test and checkpoints use."""
-    return None if decay is None else EMAWeightAveraging(decay=decay)
+    return None if decay is None else Average(decay=decay)
 
 
 def swa(*, lr: float | None = None, start: float = 0.8) -> StochasticWeightAveraging | None:
