@@ -16,11 +16,13 @@ from torch.optim import SGD, AdamW
 from torch.utils.data import DataLoader
 
 from tests.callbacks.watched import Two
+from tests.tasks.pretraining_parts import Tiny, maker
+from tests.tasks.pretraining_parts import batch as views_of
 from visiontasks.callbacks import NonFinite, ema
 from visiontasks.contracts import Batch, UsageError
 from visiontasks.data import DigitScenes
 from visiontasks.layers.finite import gradients_finite
-from visiontasks.tasks import Classification
+from visiontasks.tasks import Classification, Pretraining
 from visiontasks.tasks.optimisation import constant
 
 State = dict[str, Tensor]
@@ -184,6 +186,30 @@ def test_gradients_are_finite_or_not(value: float) -> None:
 
 def test_nothing_to_learn_is_finite() -> None:
     assert bool(gradients_finite(SGD([nn.Parameter(torch.zeros(1))])))
+
+
+class PoisonedViews(Pretraining):
+    """Sees views that are not finite in one batch."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        if batch_idx == BAD:
+            batch = batch | {"views": [view * math.nan for view in batch["views"]]}
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("method", ["MoCo", "BYOL", "SwAV", "DINO"])
+@pytest.mark.usefixtures("one_thread")
+def test_teachers_queues_and_centres_stay_as_they_were(tmp_path: Path, method: str) -> None:
+    torch.manual_seed(0)
+    task = PoisonedViews(backbone=Tiny(), head=maker(method), optimizer=OPTIMIZERS["AdamW"], scheduler=constant)
+    journal, batches = Journal(), [views_of(range(4 * step, 4 * step + 4)) for step in range(6)]
+    quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    trainer = Trainer(**quiet, accelerator="cpu", max_epochs=1, default_root_dir=tmp_path, precision="32-true",
+                      callbacks=[NonFinite(), journal], enable_checkpointing=False)  # fmt: skip
+    trainer.fit(task, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+    moved = [not same(before, after) for before, after in zip(journal.states, journal.states[1:], strict=False)]
+    assert moved == [True, True, True, False, True, True]
+    assert finite(journal.states[-1])
 
 
 PROCESSES: dict[str, dict[str, Any]] = {
