@@ -121,8 +121,8 @@ class NonFinite(Callback):
     def _end(self, files: list[str]) -> str:
         return (
             f"{self.in_a_row} steps in a row had a loss or gradients that are not finite and were left out, the last "
-            f"with {_some(files)}: look at the files in {FILE}, lower optimizer.lr, type trainer.gradient_clip_val=1 or "
-            "trainer.precision=32, or callbacks.non_finite.stop_after=null to go on."
+            f"with {_some(files)}: look at the files in {FILE}, lower optimizer.lr, type trainer.gradient_clip_val=1 "
+            "or trainer.precision=32, or callbacks.non_finite.stop_after=null to go on."
         )
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from visiontasks.cli.command_line import command, run
+from visiontasks.cli.command_line import check_overrides, command, one_sentence, run
 from visiontasks.errors import UsageError
 
 if TYPE_CHECKING:
@@ -35,20 +35,36 @@ PROBED = ("val/knn", "val/knn_200", "val/linear")  # what callbacks.Probes measu
 
 
 def main() -> None:
-    run(train, config="train", usage=USAGE, arguments=resumed(sys.argv[1:]))
+    given = sys.argv[1:]
+    with one_sentence(debug="debug=true" in given, config="train", arguments=given):
+        arguments = resumed(given)
+    run(train, config="train", usage=USAGE, arguments=arguments)
 
 
 def resumed(arguments: list[str]) -> list[str]:
-    """The arguments, where resume names a run folder, after those that the run was started with."""
+    """The arguments, where resume names a run folder, after those that the run was started with.
+
+    Raises UsageError where the folder's command.txt is none that train.py wrote.
+    """
     given = next((argument.partition("=")[2] for argument in arguments if argument.startswith("resume=")), "auto")
     folder = Path(given)
     folder = folder.parent.parent if folder.suffix == ".ckpt" else folder
     started = folder / "command.txt"
     if given in {"auto", "null", ""} or not started.is_file():
         return arguments
-    before = [word for word in shlex.split(started.read_text())[2:] if not word.startswith(("resume=", "hydra.run."))]
+    before = [word for word in words_of(started) if not word.startswith(("resume=", "hydra.run."))]
     own_folder = [] if any(word.startswith("hydra.run.dir=") for word in arguments) else [f"hydra.run.dir={folder}"]
     return [*before, *(word for word in arguments if word not in before), *own_folder]
+
+
+def words_of(started: Path) -> list[str]:
+    """The overrides in a command.txt; raises UsageError where it holds what train.py never writes."""
+    try:
+        words = shlex.split(started.read_text())[2:]
+    except ValueError as error:
+        raise UsageError(f"{started} is no command ({error}): type the whole command yourself.") from error
+    check_overrides(words, of=started)
+    return words
 
 
 def train(composed: "DictConfig") -> float:
@@ -58,14 +74,17 @@ def train(composed: "DictConfig") -> float:
     from torch import cuda
 
     from visiontasks.cli.build import (
+        PARTS,
         begin_transfer,
         build_data,
         build_task,
         build_trainer,
         one_column_wide,
         plain,
+        read_checkpoint,
         start_backbone,
     )
+    from visiontasks.cli.trusted import check_environment
 
     if composed.transfer_study:
         from visiontasks.cli.study import study
@@ -73,7 +92,10 @@ def train(composed: "DictConfig") -> float:
         return study(composed)
     hydra = HydraConfig.get()
     config, folder = plain(composed), Path(hydra.runtime.output_dir)
+    check_environment(composed, PARTS)
     checkpoint = resume_from(config["resume"], folder)
+    if checkpoint is not None:
+        read_checkpoint(checkpoint)  # which refuses what is no run's
     quieten()
     seed_everything(config["seed"], workers=True, verbose=False)
     data = build_data(config)
@@ -94,7 +116,7 @@ def train(composed: "DictConfig") -> float:
         begin_folder(folder, composed, list(hydra.overrides.task))
         say_start(receipt, why, folder)
     tune(trainer, task, data, config)
-    trainer.fit(task, datamodule=data, ckpt_path=checkpoint)
+    trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     return finish(trainer, task, test=config["test"])
 
 

@@ -1,0 +1,285 @@
+"""Configs, run folders and checkpoints of others execute nothing: no canary is ever there."""
+
+import json
+import multiprocessing
+import os
+import pickle
+from collections.abc import Callable
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from tests.cli.conftest import TINY
+from tests.cli.hostile import (
+    CANARIES,
+    HELPERS,
+    SPELLINGS,
+    aliases,
+    filled,
+    fired,
+    hostile_files,
+    interpolated,
+    node,
+    places,
+    prepared,
+    trap,
+)
+from visiontasks.backbones import CifarResNet
+from visiontasks.cli.build import PARTS, build_task, load_task, plain, read_checkpoint
+from visiontasks.cli.command_line import CONF, UsageError, check_overrides
+from visiontasks.cli.train import resumed
+from visiontasks.cli.trusted import check_environment, check_targets, declared_targets
+from visiontasks.weights import load_backbone, read_tensors
+
+FEW = ("os.system", "builtins.eval", "torch.save", "yaml.unsafe_load")
+
+
+@pytest.fixture(scope="module")
+def stored() -> dict[str, Any]:
+    """A checkpoint as train.py writes it."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = compose("train", ["backbone=resnet20", "data.image_size=32", "seed=0", "channels_last=false"])
+    parts = {part: composed[part] for part in PARTS if part in composed}
+    config = {part: OmegaConf.to_container(v, resolve=True) if OmegaConf.is_config(v) else v for part, v in parts.items()}
+    task = build_task(config, classes=("a", "b"))
+    return {"config": task.config, "classes": ["a", "b"], "state_dict": task.state_dict()}
+
+
+@pytest.fixture
+def canary(tmp_path: Path) -> Path:
+    return prepared(tmp_path)
+
+
+def refused(config: Any, stored: dict[str, Any], canary: Path) -> None:
+    """Neither a command line nor a checkpoint gets through with it."""
+    with pytest.raises(UsageError) as sentence:
+        plain(OmegaConf.create({"config": config}))
+    assert len(str(sentence.value).splitlines()) <= 2  # a name of its own may hold a newline
+    torch.save(stored | {"config": config, "state_dict": {}}, canary.parent / "hostile.ckpt")
+    with pytest.raises(UsageError):
+        load_task(canary.parent / "hostile.ckpt")
+    assert not fired(canary)
+
+
+def test_a_checkpoint_of_ours_is_taken(stored: dict[str, Any], tmp_path: Path) -> None:
+    torch.save(stored, tmp_path / "own.ckpt")
+    assert load_task(tmp_path / "own.ckpt").classes == ("a", "b")
+    assert len(CANARIES) == 54
+    assert not declared_targets() & CANARIES.keys()
+
+
+@pytest.mark.parametrize("target", CANARIES)
+def test_no_call_is_made_from_anywhere_in_a_config(target: str, stored: dict[str, Any], canary: Path) -> None:
+    for config in places(stored["config"], node(target, canary)).values():
+        refused(config, stored, canary)
+
+
+def test_nor_by_another_way_to_the_same_function(stored: dict[str, Any], canary: Path) -> None:
+    ways = aliases()
+    assert len(ways) >= 40, ways.keys()
+    assert any(way.startswith("visiontasks.") and way.endswith(".os.system") for way in ways.values())
+    for target, way in ways.items():
+        refused(stored["config"] | {"optimizer": node(target, canary) | {"_target_": way}}, stored, canary)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_nor_under_another_spelling(spelling: str, stored: dict[str, Any], canary: Path) -> None:
+    for target in ("os.system", "torch.optim.AdamW"):
+        config = stored["config"] | {"optimizer": node("os.system", canary) | {"_target_": SPELLINGS[spelling](target)}}
+        refused(config, stored, canary)
+
+
+@pytest.mark.parametrize("helper", HELPERS)
+def test_nor_through_what_hydra_offers(helper: str, stored: dict[str, Any], canary: Path) -> None:
+    for target in FEW:
+        refused(stored["config"] | {"optimizer": HELPERS[helper](target)}, stored, canary)
+
+
+def test_nor_from_what_is_resolved_later(stored: dict[str, Any], canary: Path) -> None:
+    for name, config in interpolated(stored["config"], canary).items():
+        torch.save(stored | {"config": config, "state_dict": {}}, canary.parent / "hostile.ckpt")
+        with pytest.raises(UsageError, match="still to be resolved"):
+            load_task(canary.parent / "hostile.ckpt")
+        if "create" in name or name == "escaped":
+            with pytest.raises(UsageError):
+                plain(OmegaConf.create(config))
+    assert not fired(canary)
+
+
+@pytest.mark.parametrize("kind", [tuple, set])
+def test_nor_from_containers_that_are_no_lists(kind: Any, stored: dict[str, Any], canary: Path) -> None:
+    inside = kind([("_target_", "os.system")]) if kind is set else kind([node("os.system", canary)])
+    data = stored["config"]["data"] | {"train_transform": inside}
+    torch.save(stored | {"config": stored["config"] | {"data": data}}, canary.parent / "hostile.ckpt")
+    with pytest.raises(UsageError):
+        load_task(canary.parent / "hostile.ckpt")
+    assert not fired(canary)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("target", CANARIES)
+def test_each_of_them_would_have_left_a_canary(target: str, canary: Path) -> None:
+    process = multiprocessing.get_context("fork").Process(target=_call, args=(target, canary))
+    process.start()
+    process.join(60)
+    assert fired(canary)
+
+
+def _call(target: str, canary: Path) -> None:
+    import importlib
+
+    place, _, name = target.rpartition(".")
+    result = getattr(importlib.import_module(place), name)(*filled(CANARIES[target], canary))
+    for end in ("communicate", "close"):
+        getattr(result, end, int)()
+
+
+WORDS = (
+    *("hydra.callbacks.x._target_=os.system", "+hydra.callbacks.x={_target_:os.system}", "++hydra.job.chdir=true"),
+    *("~hydra.job_logging", "hydra/launcher=joblib", "hydra.searchpath=[file:///x]", "hydra.run.dir.x=1"),
+    *("hydra.sweep.dir=/x", "data@hydra.job_logging=digits", "--config-dir", "--config-dir=/x", "-cn", "-m"),
+    *("--config-path=/x", "--hydra-help", " hydra.verbose=true", "\thydra.verbose=true", "'hydra.verbose'=true"),
+    *("experiment=../../x", "experiment=/x", "+experiment='../x'", "data=[/x]", "", "=1", "os.system('x')", "data\n=x"),
+)
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_a_run_folder_gives_no_orders_to_hydra(word: str, tmp_path: Path) -> None:
+    import shlex
+
+    (tmp_path / "command.txt").write_text(shlex.join(["python", "train.py", "backbone=resnet20", word]))
+    with pytest.raises(UsageError, match="type the whole command yourself"):
+        resumed([f"resume={tmp_path}"])
+
+
+def test_but_what_we_write_ourselves(tmp_path: Path) -> None:
+    words = [*TINY, "experiment=camvid", "init_from=/a/b", "init_from='../x y'", "+trainer.overfit_batches=1", "~callbacks.ema",
+             "data.root=/a/../hydra", "optimizer.betas=[0.9,0.99]", "task.class_weights=balanced", "loss=null"]  # fmt: skip
+    check_overrides(words, of=tmp_path)
+
+
+def test_half_a_command_is_a_sentence(tmp_path: Path, call: Callable[..., None], capsys: Any) -> None:
+    (tmp_path / "command.txt").write_text("python train.py 'data.root=x")
+    with pytest.raises(SystemExit):
+        call("train", f"resume={tmp_path}")
+    assert "is no command" in capsys.readouterr().err
+
+
+def test_no_file_of_weights_calls_anything(stored: dict[str, Any], canary: Path) -> None:
+    files = hostile_files(canary.parent, canary, stored)
+    assert len(files) >= 60
+    backbone = CifarResNet(depth=20)
+    taken = []
+    for name, path in files.items():
+        for read in (read_tensors, read_checkpoint, load_task, lambda file: load_backbone(backbone, file)):
+            try:
+                read(path)
+                taken.append((name, read.__name__))
+            except UsageError as sentence:
+                assert len(str(sentence).splitlines()) == 1, name
+                assert len(str(sentence)) < 1500, name
+        assert not fired(canary), name
+    # data alone: weights that a backbone takes or not, below configs that are refused
+    assert {reader for _, reader in taken} <= {"read_tensors", "<lambda>"}, taken
+    assert not [name for name, _ in taken if "call" in name or "safetensors" in name or "zip" in name], taken
+
+
+def test_hydra_composes_nothing_from_a_checkpoint(
+    stored: dict[str, Any], canary: Path, call: Callable[..., None], capsys: Any
+) -> None:
+    handler = {"()": "os.system", "command": f"touch {canary}"}
+    data = {"version": 1, "handlers": {"x": handler}, "root": {"handlers": ["x"]}}
+    task = {"defaults": [{"/data@hydra.job_logging": "stored"}, "_self_"]} | stored["config"]["task"]
+    torch.save(stored | {"config": stored["config"] | {"task": task, "data": data}}, canary.parent / "hostile.ckpt")
+    for script in ("evaluate", "predict"):
+        with pytest.raises(SystemExit) as stop:
+            call(script, f"run={canary.parent / 'hostile.ckpt'}", f"input={canary.parent}")
+        assert stop.value.code == 2
+    assert not fired(canary)
+
+
+@pytest.mark.parametrize("field", ["loops", "callbacks", "optimizer_states"])
+def test_going_on_with_a_run_of_others_calls_nothing(
+    stored: dict[str, Any], canary: Path, field: str, call: Callable[..., None], capsys: Any
+) -> None:
+    torch.save(stored | {field: trap(canary)}, canary.parent / "hostile.ckpt")
+    with pytest.raises(SystemExit) as stop:
+        call("train", *TINY, f"resume={canary.parent / 'hostile.ckpt'}", f"hydra.run.dir={canary.parent / 'run'}")
+    assert stop.value.code == 2
+    assert "cannot be read as weights" in capsys.readouterr().err
+    assert not fired(canary)
+
+
+ENVIRONMENT = {
+    "itself": ["data.title=${oc.env:SECRET}"],
+    "a part": ["data.title=a-${oc.env:SECRET}-b"],
+    "by another key": ["+mine=${oc.env:SECRET}", "data.title=${mine}"],
+    "decoded": ["data.title=${oc.decode:${oc.env:SECRET}}"],
+    "a default": ["data.title=${oc.env:UNKNOWN,${oc.env:SECRET}}"],
+    "in a list": ["data.title=[1,[${oc.env:SECRET}]]"],
+}
+
+
+@pytest.mark.parametrize("way", ENVIRONMENT)
+def test_the_environment_stays_out_of_checkpoints(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "hunter2")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = compose("train", [f"+{word}" if "title" in word else word for word in ENVIRONMENT[way]])
+    kept = OmegaConf.masked_copy(composed, ["data", "seed", "trainer", "augment", *(["mine"] if "mine" in composed else [])])
+    with pytest.raises(UsageError, match=r"data.title.* from the environment") as refusal:
+        check_environment(kept, PARTS)
+    assert "hunter2" not in str(refusal.value)
+    assert OmegaConf.to_container(kept, resolve=True)["data"]["title"] not in (None, "")  # type: ignore[call-overload, index]
+    check_environment(kept, ("seed",))
+
+
+def test_nor_does_it_land_in_a_run_folder(
+    tmp_path: Path, call: Callable[..., None], capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECRET", "hunter2")
+    secret = "+logger.csv.note='${oc.env:SECRET}'"
+    with pytest.raises(SystemExit):
+        call("train", *TINY, "+data.note='${oc.env:SECRET}'", f"hydra.run.dir={tmp_path / 'refused'}")
+    assert '+data.note="$SECRET"' in capsys.readouterr().err.replace("data.note=", "+data.note=")
+    monkeypatch.setattr("visiontasks.callbacks.MetricsFile.__init__", lambda self, note="", **options: None)
+    with pytest.raises((SystemExit, AttributeError, TypeError)):  # the logger above is none
+        call("train", *TINY, secret, f"hydra.run.dir={tmp_path / 'run'}")
+    written = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert "config.yaml" in {file.name for file in written}
+    assert all(b"hunter2" not in file.read_bytes() for file in written)
+
+
+def test_a_config_of_others_may_be_endless() -> None:
+    endless: dict[str, Any] = {}
+    endless["again"] = endless
+    with pytest.raises(UsageError, match="without end"):
+        check_targets(endless)
+
+
+def test_the_package_unpickles_and_unpacks_nowhere_else() -> None:
+    """Every call of a reader that could run code is known by its line's words."""
+    known = {
+        "pickled.py": ["torch.load(file, map_location"],
+        "data/source.py": ["np.load(folder"],
+        "data/yolo_txt.py": ["yaml.safe_load("],
+        "cli/trusted.py": ["yaml.safe_load("],
+    }
+    words = ("torch.load(", "np.load(", "pickle.load", "yaml.load", "safe_load", "unpack_archive", "extractall", "eval(", "exec(")
+    package = CONF.parent / "visiontasks"
+    found: dict[str, list[str]] = {}
+    for file in sorted(package.rglob("*.py")):
+        for line in file.read_text().splitlines():
+            if any(f" {word}" in line.replace("(", " ( ").replace(" ( ", "(").replace("=", " ") for word in words):
+                found.setdefault(str(file.relative_to(package)), []).append(line.strip())
+    assert found.keys() <= known.keys(), found
+    for name, lines in found.items():
+        assert all(any(word in line for word in known[name]) for line in lines), (name, lines)
+
+
+assert json, os
+assert pickle, reduce
