@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.serialization import safe_globals
 
 from visiontasks.errors import UsageError
 
 DEEPEST = 64  # containers within containers
-MOST = 1_000_000  # values in all containers
+MOST = 200_000  # values in all containers
 _DAMAGE = (  # what torch.load and its unpickler raise on files that are no good
     ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, NotImplementedError, OSError,
     RecursionError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError, struct.error, zipfile.BadZipFile,
-    zlib.error,
+    zlib.error, SafetensorError,
 )  # fmt: skip
 
 
@@ -31,7 +32,7 @@ def read_pickled(file: Path, *, mmap: bool = False, idle: Collection[tuple[Any, 
 
     Raises:
         UsageError: where a file is none of torch.save's, asks for anything to be called, is compressed, or holds
-            tensors that are larger than their storage, containers without end, or more than a million values.
+            tensors that are larger than their storage, containers without end, or more than MOST values.
     """
     try:
         _check_archive(file)

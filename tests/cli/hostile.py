@@ -129,28 +129,20 @@ def node(target: Any, canary: Path) -> dict[str, Any]:
 
 def aliases(deep: int = 3) -> dict[str, str]:
     """Each call by the way through our own modules that leads to it, where one does: visiontasks.data.module.os.system."""
-    ours = [name for name in sys.modules if name.startswith("visiontasks.")]
-    paths = {id(sys.modules[name]): name for name in sorted(ours)}
-    level = dict(paths)
+    level = {name: module for name, module in sorted(sys.modules.items()) if name.startswith("visiontasks.")}
+    paths = {id(module): name for name, module in level.items()}
     for _ in range(deep):
-        level = {
-            id(value): f"{path}.{name}"
-            for known, path in level.items()
-            for name, value in vars(_module(known)).copy().items()
-            if isinstance(value, ModuleType) and id(value) not in paths
-        }
-        paths |= level
-    found = {}
-    for target in CANARIES:
-        place, _, name = target.rpartition(".")
-        path = paths.get(id(importlib.import_module(place)))
-        if path:
-            found[target] = f"{path}.{name}"
-    return found
+        below = {f"{path}.{name}": value for path, module in level.items() for name, value in _inner(module)}
+        level = {path: module for path, module in below.items() if id(module) not in paths}
+        paths |= {id(module): path for path, module in reversed(level.items())}
+        level = {path: module for path, module in level.items() if paths[id(module)] == path}
+    places = {target: importlib.import_module(target.rpartition(".")[0]) for target in CANARIES}
+    ways = {target: paths.get(id(place)) for target, place in places.items()}
+    return {target: f"{way}.{target.rpartition('.')[2]}" for target, way in ways.items() if way}
 
 
-def _module(known: int) -> ModuleType:
-    return next(module for module in list(sys.modules.values()) if id(module) == known)
+def _inner(module: ModuleType) -> list[tuple[str, ModuleType]]:
+    return [(name, value) for name, value in vars(module).items() if type(value) is ModuleType]
 
 
 SPELLINGS: dict[str, Callable[[str], Any]] = {
@@ -292,7 +284,7 @@ def _archives(put: Callable[..., Path], canary: Path) -> None:
         archive.writestr("archive/data.pkl", b"PK\x05\x06" + bytes(18))
     with zipfile.ZipFile(put("zip bomb"), "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", pickle.dumps({}, 2))
-        archive.writestr("archive/data/0", bytes(50_000_000))
+        archive.writestr("archive/data/0", bytes(5_000_000))
     put("half a zip").write_bytes(b"PK\x03\x04" + bytes(100))
     objects = np.array([trap(canary)], dtype=object)
     with put("npz of objects").open("wb") as file:
@@ -348,6 +340,8 @@ def _shapes(put: Callable[..., Path], stored: dict[str, Any]) -> None:
     for field in ("config", "classes", "state_dict"):
         torch.save({key: value for key, value in stored.items() if key != field}, put(f"without {field}"))
         torch.save(stored | {field: 7}, put(f"{field} is a number"))
-    torch.save(stored | {"config": config | {"data": config["data"] | {"defaults": [{"/hydra": "x"}]}}}, put("defaults"))
+    torch.save(
+        stored | {"config": config | {"data": config["data"] | {"defaults": [{"/hydra": "x"}]}}}, put("defaults")
+    )
     torch.save(stored | {"config": config | {"hydra": {"callbacks": {}}}}, put("hydra"))
     torch.save(torch.zeros(3), put("one tensor"))

@@ -1,18 +1,14 @@
 """Configs, run folders and checkpoints of others execute nothing: no canary is ever there."""
 
-import json
 import multiprocessing
-import os
-import pickle
 from collections.abc import Callable
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from tests.cli.conftest import TINY
 from tests.cli.hostile import (
@@ -30,9 +26,9 @@ from tests.cli.hostile import (
     trap,
 )
 from visiontasks.backbones import CifarResNet
-from visiontasks.cli.build import PARTS, build_task, load_task, plain, read_checkpoint
+from visiontasks.cli.build import PARTS, build_task, load_task, plain
 from visiontasks.cli.command_line import CONF, UsageError, check_overrides
-from visiontasks.cli.train import resumed
+from visiontasks.cli.train import begin_folder, resumed
 from visiontasks.cli.trusted import check_environment, check_targets, declared_targets
 from visiontasks.weights import load_backbone, read_tensors
 
@@ -45,7 +41,9 @@ def stored() -> dict[str, Any]:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         composed = compose("train", ["backbone=resnet20", "data.image_size=32", "seed=0", "channels_last=false"])
     parts = {part: composed[part] for part in PARTS if part in composed}
-    config = {part: OmegaConf.to_container(v, resolve=True) if OmegaConf.is_config(v) else v for part, v in parts.items()}
+    config = {
+        part: OmegaConf.to_container(v, resolve=True) if OmegaConf.is_config(v) else v for part, v in parts.items()
+    }
     task = build_task(config, classes=("a", "b"))
     return {"config": task.config, "classes": ["a", "b"], "state_dict": task.state_dict()}
 
@@ -73,6 +71,13 @@ def test_a_checkpoint_of_ours_is_taken(stored: dict[str, Any], tmp_path: Path) -
     assert not declared_targets() & CANARIES.keys()
 
 
+@pytest.mark.parametrize("number", range(len(CANARIES)))
+def test_no_call_is_made_from_a_config(number: int, stored: dict[str, Any], canary: Path) -> None:
+    ways = list(places(stored["config"], node(list(CANARIES)[number], canary)).values())
+    refused(ways[number % len(ways)], stored, canary)
+
+
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("target", CANARIES)
 def test_no_call_is_made_from_anywhere_in_a_config(target: str, stored: dict[str, Any], canary: Path) -> None:
     for config in places(stored["config"], node(target, canary)).values():
@@ -176,7 +181,7 @@ def test_no_file_of_weights_calls_anything(stored: dict[str, Any], canary: Path)
     backbone = CifarResNet(depth=20)
     taken = []
     for name, path in files.items():
-        for read in (read_tensors, read_checkpoint, load_task, lambda file: load_backbone(backbone, file)):
+        for read in (read_tensors, load_task, lambda file: load_backbone(backbone, file)):
             try:
                 read(path)
                 taken.append((name, read.__name__))
@@ -216,42 +221,64 @@ def test_going_on_with_a_run_of_others_calls_nothing(
 
 
 ENVIRONMENT = {
-    "itself": ["data.title=${oc.env:SECRET}"],
-    "a part": ["data.title=a-${oc.env:SECRET}-b"],
-    "by another key": ["+mine=${oc.env:SECRET}", "data.title=${mine}"],
-    "decoded": ["data.title=${oc.decode:${oc.env:SECRET}}"],
-    "a default": ["data.title=${oc.env:UNKNOWN,${oc.env:SECRET}}"],
-    "in a list": ["data.title=[1,[${oc.env:SECRET}]]"],
+    "itself": "${oc.env:SECRET}",
+    "a part": "a-${oc.env:SECRET}-b",
+    "by another key": "${mine}",
+    "decoded": "${oc.decode:${oc.env:SECRET}}",
+    "a default": "${oc.env:UNKNOWN,${oc.env:SECRET}}",
+    "in a list": ["x", ["${oc.env:SECRET}"]],
+    "a key by its name": "${letters.${oc.env:LETTER}}",
 }
+
+
+def with_secret(value: Any) -> DictConfig:
+    letters = {"a": "b"}
+    return OmegaConf.create({"data": {"root": value}, "mine": "${oc.env:SECRET}", "letters": letters, "seed": 0})
 
 
 @pytest.mark.parametrize("way", ENVIRONMENT)
 def test_the_environment_stays_out_of_checkpoints(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "hunter2")
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        composed = compose("train", [f"+{word}" if "title" in word else word for word in ENVIRONMENT[way]])
-    kept = OmegaConf.masked_copy(composed, ["data", "seed", "trainer", "augment", *(["mine"] if "mine" in composed else [])])
-    with pytest.raises(UsageError, match=r"data.title.* from the environment") as refusal:
-        check_environment(kept, PARTS)
+    monkeypatch.setenv("LETTER", "a")
+    config = with_secret(ENVIRONMENT[way])
+    with pytest.raises(UsageError, match="from the environment|by the environment") as refusal:
+        check_environment(config, PARTS)
     assert "hunter2" not in str(refusal.value)
-    assert OmegaConf.to_container(kept, resolve=True)["data"]["title"] not in (None, "")  # type: ignore[call-overload, index]
-    check_environment(kept, ("seed",))
+    assert config.mine == "hunter2"  # which is read as before
 
 
-def test_nor_does_it_land_in_a_run_folder(
+def test_where_nothing_keeps_it_it_may_stand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SECRET", "hunter2")
+    config = with_secret("photos")
+    check_environment(config, PARTS)
+    begin_folder(tmp_path, config, ["mine=${oc.env:SECRET}"])
+    assert "mine: ${oc.env:SECRET}" in (tmp_path / "config.yaml").read_text()
+    assert all("hunter2" not in file.read_text() for file in tmp_path.iterdir())
+
+
+def test_a_run_is_refused_before_it_would_keep_it(
     tmp_path: Path, call: Callable[..., None], capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SECRET", "hunter2")
-    secret = "+logger.csv.note='${oc.env:SECRET}'"
     with pytest.raises(SystemExit):
-        call("train", *TINY, "+data.note='${oc.env:SECRET}'", f"hydra.run.dir={tmp_path / 'refused'}")
-    assert '+data.note="$SECRET"' in capsys.readouterr().err.replace("data.note=", "+data.note=")
-    monkeypatch.setattr("visiontasks.callbacks.MetricsFile.__init__", lambda self, note="", **options: None)
-    with pytest.raises((SystemExit, AttributeError, TypeError)):  # the logger above is none
-        call("train", *TINY, secret, f"hydra.run.dir={tmp_path / 'run'}")
-    written = [file for file in tmp_path.rglob("*") if file.is_file()]
-    assert "config.yaml" in {file.name for file in written}
-    assert all(b"hunter2" not in file.read_bytes() for file in written)
+        call("train", *TINY, "data.max_bad_fraction='${oc.env:SECRET}'", f"hydra.run.dir={tmp_path / 'run'}")
+    assert 'type data.max_bad_fraction="$SECRET"' in capsys.readouterr().err
+    assert not [file for file in tmp_path.rglob("*") if file.is_file()]
+
+
+def test_a_command_is_kept_as_it_was_typed(
+    tmp_path: Path, call: Callable[..., None], capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECRET", "hunter2")
+    monkeypatch.setattr("visiontasks.cli.train.tune", _stop)
+    with pytest.raises(SystemExit):
+        call("train", *TINY, "+mine='${oc.env:SECRET}'", f"hydra.run.dir={tmp_path}")
+    assert "${oc.env:SECRET}" in (tmp_path / "command.txt").read_text()
+    assert all("hunter2" not in file.read_text() for file in tmp_path.rglob("*.*") if file.is_file())
+
+
+def _stop(*_: Any) -> None:
+    raise UsageError("far enough")
 
 
 def test_a_config_of_others_may_be_endless() -> None:
@@ -269,7 +296,17 @@ def test_the_package_unpickles_and_unpacks_nowhere_else() -> None:
         "data/yolo_txt.py": ["yaml.safe_load("],
         "cli/trusted.py": ["yaml.safe_load("],
     }
-    words = ("torch.load(", "np.load(", "pickle.load", "yaml.load", "safe_load", "unpack_archive", "extractall", "eval(", "exec(")
+    words = (
+        "torch.load(",
+        "np.load(",
+        "pickle.load",
+        "yaml.load",
+        "safe_load",
+        "unpack_archive",
+        "extractall",
+        "eval(",
+        "exec(",
+    )
     package = CONF.parent / "visiontasks"
     found: dict[str, list[str]] = {}
     for file in sorted(package.rglob("*.py")):
@@ -279,7 +316,3 @@ def test_the_package_unpickles_and_unpacks_nowhere_else() -> None:
     assert found.keys() <= known.keys(), found
     for name, lines in found.items():
         assert all(any(word in line for word in known[name]) for line in lines), (name, lines)
-
-
-assert json, os
-assert pickle, reduce

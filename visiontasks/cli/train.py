@@ -5,7 +5,7 @@ import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from visiontasks.cli.command_line import check_overrides, command, one_sentence, run
 from visiontasks.errors import UsageError
@@ -113,7 +113,7 @@ def train(composed: "DictConfig") -> float:
         config["trainer"]["precision"] = "32-true"
     trainer = build_trainer(config, folder=folder, callbacks=transferring)
     if trainer.is_global_zero:
-        begin_folder(folder, composed, list(hydra.overrides.task))
+        begin_folder(folder, composed, as_typed(hydra))
         say_start(receipt, why, folder)
     tune(trainer, task, data, config)
     trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
@@ -161,6 +161,14 @@ def begin_folder(folder: Path, composed: "DictConfig", overrides: list[str]) -> 
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(composed, folder / "config.yaml")
     (folder / "command.txt").write_text(command("train.py", overrides) + "\n")
+
+
+def as_typed(hydra: Any) -> list[str]:
+    """The overrides of Hydra's own config, with the interpolations in them as they were typed."""
+    from omegaconf import OmegaConf
+
+    words: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)
+    return list(words)
 
 
 def say_start(receipt: "Receipt | None", why: str, folder: Path) -> None:
