@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 Arguments = list[Any]
-# The canary's path stands as CANARY, a script that makes it as SCRIPT, a pickle that does as PICKLE, its folder as FOLDER.
+# CANARY stands for the canary's path, SCRIPT for a script that makes it, PICKLE for a pickle that does.
 WRITE = "open('CANARY', 'w').close()"
 CANARIES: dict[str, Arguments] = {
     "os.system": ["touch CANARY"],
@@ -128,7 +128,7 @@ def node(target: Any, canary: Path) -> dict[str, Any]:
 
 
 def aliases(deep: int = 3) -> dict[str, str]:
-    """Each call by the way through our own modules that leads to it, where one does: visiontasks.data.module.os.system."""
+    """Each call by a way through our own modules, where one leads to it: visiontasks.data.source.os.mkdir."""
     level = {name: module for name, module in sorted(sys.modules.items()) if name.startswith("visiontasks.")}
     paths = {id(module): name for name, module in level.items()}
     for _ in range(deep):
