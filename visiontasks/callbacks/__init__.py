@@ -4,6 +4,7 @@ from visiontasks.callbacks.checkpoints import LastCheckpoint, best_checkpoint, l
 from visiontasks.callbacks.collapse import CollapseWarning
 from visiontasks.callbacks.embeddings import EmbeddingPictures
 from visiontasks.callbacks.metrics_file import MetricsFile
+from visiontasks.callbacks.non_finite import NonFinite
 from visiontasks.callbacks.optional import early_stopping, ema, progress_bar, swa
 from visiontasks.callbacks.pictures import ClassBars, ConfusionMatrix, ContactSheets, LearningCurves, PrecisionRecall
 from visiontasks.callbacks.probes import Probes
@@ -18,6 +19,7 @@ __all__ = [
     "LastCheckpoint",
     "LearningCurves",
     "MetricsFile",
+    "NonFinite",
     "PrecisionRecall",
     "Probes",
     "Report",

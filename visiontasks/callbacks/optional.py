@@ -1,5 +1,7 @@
 """Callbacks that one setting switches on: while it is null or false they give None, and the run goes without them."""
 
+from typing import Any
+
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     EarlyStopping,
@@ -31,9 +33,17 @@ class _EarlyStopping(EarlyStopping):
             trainer.should_stop = True
 
 
-def ema(*, decay: float | None = None) -> EMAWeightAveraging | None:
+class Average(EMAWeightAveraging):
+    """An exponential moving average of the weights that stands still while steps are left out."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *rest: Any) -> None:
+        if not pl_module.step_skipped:
+            super().on_train_batch_end(trainer, pl_module, *rest)
+
+
+def ema(*, decay: float | None = None) -> Average | None:
     """Keeps an exponential moving average of the weights, which validation, test and checkpoints use."""
-    return None if decay is None else EMAWeightAveraging(decay=decay)
+    return None if decay is None else Average(decay=decay)
 
 
 def swa(*, lr: float | None = None, start: float = 0.8) -> StochasticWeightAveraging | None:

@@ -2,11 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-import yaml
 from hydra.utils import get_class, instantiate
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
@@ -15,14 +13,15 @@ from omegaconf import DictConfig, OmegaConf
 from visiontasks.callbacks.agreement import Agreement
 from visiontasks.callbacks.checkpoints import DurableCheckpoints
 from visiontasks.callbacks.unfreezing import Unfreezing
-from visiontasks.cli.command_line import conf_folders
 from visiontasks.cli.ranks import trained_together
+from visiontasks.cli.trusted import check_stored, check_targets
 from visiontasks.contracts import Backbone, UsageError
 from visiontasks.data.module import DataModule
 from visiontasks.durable import verify
 from visiontasks.layers.batch_norm import ProcessBatchNorms
 from visiontasks.layers.freezing import cut_stages
 from visiontasks.layers.sharding import Sharded
+from visiontasks.pickled import read_pickled
 from visiontasks.tasks.base import Task
 from visiontasks.tasks.optimisation import Pace
 from visiontasks.transfer import Auto, freeze_for_good
@@ -33,6 +32,7 @@ PARTS = (
     *("task", "backbone", "transfer", "head", "loss", "data", "augment", "optimizer", "scheduler"),
     *("channels_last", "seed"),
 )
+STORED = ("task", "backbone", "head", "data", "augment", "optimizer", "scheduler")  # those that every run has
 _LIBRARIES = {
     "torchvision": "visiontasks.backbones.TorchvisionBackbone",
     "timm": "visiontasks.backbones.TimmBackbone",
@@ -44,32 +44,6 @@ def plain(config: DictConfig) -> Config:
     container: Any = OmegaConf.to_container(config, resolve=True)
     check_targets(container)
     return container  # type: ignore[no-any-return]
-
-
-def check_targets(config: Any) -> None:
-    """Refuses every _target_ that no file of our conf/ folder, or of the user's own, declares."""
-    unknown = _targets(config) - declared_targets()
-    if unknown:
-        name = min(unknown)
-        raise UsageError(
-            f"_target_ {name} is declared by no file in {' or '.join(map(str, conf_folders()))}: "
-            "put it in a yaml file of your own conf/ folder."
-        )
-
-
-def declared_targets() -> set[str]:
-    """The exact names that a config may call."""
-    files = (file for folder in conf_folders() for file in folder.rglob("*.yaml"))
-    return {target for file in files for target in _targets(yaml.safe_load(file.read_text()))}
-
-
-def _targets(node: Any) -> set[str]:
-    if isinstance(node, list):
-        return set().union(*map(_targets, node)) if node else set()
-    if not isinstance(node, dict):
-        return set()
-    own = {str(node["_target_"])} if "_target_" in node else set()
-    return own.union(*map(_targets, node.values()))
 
 
 def build_data(config: Config) -> DataModule:
@@ -140,7 +114,7 @@ def _other_data(config: Config) -> bool:
     """Whether the backbone is known to come from a run of ours on another data set."""
     try:
         learnt = read_checkpoint(find_checkpoint(config["init_from"] or config["backbone"].get("weights") or ""))
-    except (UsageError, RuntimeError, UnpicklingError):  # published weights, or somebody else's
+    except UsageError:  # published weights, or somebody else's
         return False
     return bool(learnt["config"]["data"]["_target_"] != config["data"]["_target_"])
 
@@ -251,7 +225,6 @@ def load_task(checkpoint: Path, settings: Config | None = None) -> Task:
 def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
     """A checkpoint as plain data; raises UsageError where it is damaged, or was not written by a run of train.py."""
     verify(checkpoint)
-    stored = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    if not stored.get("config"):
-        raise UsageError(f"{checkpoint} holds no config: expected a checkpoint that train.py wrote.")
+    stored = read_pickled(checkpoint, mmap=True)
+    check_stored(stored, STORED, of=str(checkpoint))
     return stored  # type: ignore[no-any-return]

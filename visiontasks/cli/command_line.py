@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from visiontasks.errors import UsageError
 PACKAGE = Path(__file__).resolve().parents[1]
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # in the wheel, in a checkout
 PATHS = ("run", "input", "output", "init_from", "resume", "data.root", "backbone.weights")  # quoted for Hydra
+_OVERRIDE = re.compile(r"[+~]{0,2}(?P<key>[A-Za-z_][\w./@:-]*)(=(?P<value>.*))?", flags=re.DOTALL)
 
 
 def run(
@@ -199,3 +200,13 @@ def _nearest(name: str, options: list[str], *, prefix: str) -> str:
 def command(script: str, overrides: list[str]) -> str:
     """The exact command to type again."""
     return shlex.join(["python", script, *overrides])
+
+
+def check_overrides(words: Sequence[str], *, of: Path) -> None:
+    """Refuses words that train.py does not write to command.txt: options of Hydra, and choices outside of conf/."""
+    for word in words:
+        found = _OVERRIDE.fullmatch(word)
+        key, value = (found["key"], found["value"] or "") if found else ("hydra", "")
+        outside = ".." in value or value.lstrip("'\"[ ").startswith("/")
+        if "hydra" in key or ("." not in key and outside and key not in PATHS):
+            raise UsageError(f"{of} holds {word[:99]!r}, which train.py never writes: type the whole command yourself.")

@@ -5,9 +5,9 @@ import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from visiontasks.cli.command_line import command, run
+from visiontasks.cli.command_line import check_overrides, command, one_sentence, run
 from visiontasks.errors import UsageError
 
 if TYPE_CHECKING:
@@ -37,38 +37,40 @@ PROBED = ("val/knn", "val/knn_200", "val/linear")  # what callbacks.Probes measu
 
 
 def main() -> None:
-    run(train, config="train", usage=USAGE, arguments=resumed(sys.argv[1:]))
+    given = sys.argv[1:]
+    with one_sentence(debug="debug=true" in given, config="train", arguments=given):
+        arguments = resumed(given)
+    run(train, config="train", usage=USAGE, arguments=arguments)
 
 
 def resumed(arguments: list[str]) -> list[str]:
-    """The arguments, where resume names a run folder, after those that the run was started with."""
+    """The arguments, where resume names a run folder, after those that the run was started with.
+
+    Raises UsageError where the folder's command.txt is none that train.py wrote.
+    """
     given = next((argument.partition("=")[2] for argument in arguments if argument.startswith("resume=")), "auto")
     folder = Path(given)
     folder = folder.parent.parent if folder.suffix == ".ckpt" else folder
     started = folder / "command.txt"
     if given in {"auto", "null", ""} or not started.is_file():
         return arguments
-    before = [word for word in shlex.split(started.read_text())[2:] if not word.startswith(("resume=", "hydra.run."))]
+    before = [word for word in words_of(started) if not word.startswith(("resume=", "hydra.run."))]
     own_folder = [] if any(word.startswith("hydra.run.dir=") for word in arguments) else [f"hydra.run.dir={folder}"]
     return [*before, *(word for word in arguments if word not in before), *own_folder]
 
 
+def words_of(started: Path) -> list[str]:
+    """The overrides in a command.txt; raises UsageError where it holds what train.py never writes."""
+    try:
+        words = shlex.split(started.read_text())[2:]
+    except ValueError as error:
+        raise UsageError(f"{started} is no command ({error}): type the whole command yourself.") from error
+    check_overrides(words, of=started)
+    return words
+
+
 def train(composed: "DictConfig") -> float:
-    """One run: returns the best value of the monitored figure."""
-    from hydra.core.hydra_config import HydraConfig
-    from lightning import seed_everything
-    from torch import cuda
-
-    from visiontasks.cli.build import (
-        begin_transfer,
-        build_data,
-        build_task,
-        build_trainer,
-        one_column_wide,
-        plain,
-        start_backbone,
-    )
-
+    """One run, a study of several, or a look at what would go wrong: returns the best value of the monitored figure."""
     if composed.doctor:
         from visiontasks.cli.doctor import doctor
 
@@ -78,9 +80,34 @@ def train(composed: "DictConfig") -> float:
         from visiontasks.cli.study import study
 
         return study(composed)
+    return one_run(composed)
+
+
+def one_run(composed: "DictConfig") -> float:
+    """Builds the parts, fits and tests; returns the best value of the monitored figure."""
+    from hydra.core.hydra_config import HydraConfig
+    from lightning import seed_everything
+    from torch import cuda
+
+    from visiontasks.cli.build import (
+        PARTS,
+        begin_transfer,
+        build_data,
+        build_task,
+        build_trainer,
+        one_column_wide,
+        plain,
+        read_checkpoint,
+        start_backbone,
+    )
+    from visiontasks.cli.trusted import check_environment
+
     hydra = HydraConfig.get()
     config, folder = plain(composed), Path(hydra.runtime.output_dir)
+    check_environment(composed, PARTS)
     checkpoint = resume_from(config["resume"], folder)
+    if checkpoint is not None:
+        read_checkpoint(checkpoint)  # which refuses what is no run's
     quieten()
     seed_everything(config["seed"], workers=True, verbose=False)
     data = build_data(config)
@@ -98,11 +125,11 @@ def train(composed: "DictConfig") -> float:
         config["trainer"]["precision"] = "32-true"
     trainer = build_trainer(config, folder=folder, callbacks=transferring)
     if trainer.is_global_zero:
-        begin_folder(folder, composed, list(hydra.overrides.task))
+        begin_folder(folder, composed, as_typed(hydra))
         say_start(receipt, why, folder)
     if checkpoint is None:
         tune(trainer, task, data, config)
-    trainer.fit(task, datamodule=data, ckpt_path=checkpoint)
+    trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     return finish(trainer, task, test=config["test"])
 
 
@@ -164,6 +191,14 @@ def begin_folder(folder: Path, composed: "DictConfig", overrides: list[str]) -> 
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(composed, folder / "config.yaml")
     (folder / "command.txt").write_text(command("train.py", overrides) + "\n")
+
+
+def as_typed(hydra: Any) -> list[str]:
+    """The overrides of Hydra's own config, with the interpolations in them as they were typed."""
+    from omegaconf import OmegaConf
+
+    words: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)
+    return list(words)
 
 
 def say_start(receipt: "Receipt | None", why: str, folder: Path) -> None:

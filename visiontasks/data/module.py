@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 import visiontasks.data as exported
 from visiontasks.contracts import Batch, Sample, Transform, UsageError
 from visiontasks.data.fraction import share_of
-from visiontasks.data.images import BadFile
+from visiontasks.data.images import BadFile, printable
 from visiontasks.data.masks import MaskFiles, Survey, median_frequency, survey
 from visiontasks.data.patience import PatientLoader, Reading
 from visiontasks.data.sampling import EpochSampler, too_large_a_batch
@@ -254,9 +254,13 @@ class DataModule(LightningDataModule):
         drawn = np.random.default_rng([self.seed, len(source)]).permutation(len(source))[:most]
         return self._evaluation_loader(Subset(source, np.sort(drawn)), split, views=False)
 
+    def train_name(self, index: int) -> str:
+        """What a person calls an image of the training batches."""
+        return printable(self._sources["train"].name(index))
+
     def test_name(self, index: int) -> str:
         """What a person calls an image of the test loader."""
-        return self._sources[self.test_split].name(index)
+        return printable(self._sources[self.test_split].name(index))
 
     def loader(self, source: Source, *, split: str = "predict") -> DataLoader[Any]:
         """Every sample of any source exactly once, in order, through the evaluation transform: for prediction."""

@@ -17,6 +17,7 @@ from torch.optim import AdamW, Optimizer
 
 from visiontasks.contracts import Backbone, Batch, UsageError
 from visiontasks.layers.distributed import collected, mean_over_processes, rank, sum_over_processes, world_size
+from visiontasks.layers.finite import poisoned
 from visiontasks.layers.sharding import shard
 from visiontasks.tasks.metrics import Metrics, weighted_sum
 from visiontasks.tasks.optimisation import MakeOptimizer, MakeSchedule, Pace, at_rates, cosine, parameter_groups
@@ -64,6 +65,7 @@ class Task(LightningModule):
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.lr: float | None = None  # the learning-rate finder's place to write; None leaves the optimiser's own
         self.pace: dict[str, Pace] = {}  # of parameters by name; the others learn from the start at the full rate
+        self.step_skipped = False  # the optimiser's last step was left out: its gradients were not finite
         self.config: dict[str, Any] = {}  # the composed config as plain containers, where there is one
         self.tables: dict[str, Tensor] = {}  # of the last evaluation, such as a confusion matrix, for the pictures
         self._running: dict[str, Tensor] = {}
@@ -106,6 +108,10 @@ class Task(LightningModule):
         optimizer = at_rates(self.optimizer(parameter_groups(self, self.pace), **chosen))
         schedule: Any = self.scheduler(optimizer, total_steps=int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Backpropagates; a loss that is not finite makes every gradient so, on all processes."""
+        super().backward(loss, *args, gradient=poisoned(loss), **kwargs)
 
     def learning_rate(self) -> float | None:
         """What stands in the place of the optimiser's own learning rate; None: nothing."""

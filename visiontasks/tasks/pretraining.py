@@ -179,10 +179,11 @@ class Pretraining(Task):
         optimizer: Optimizer | LightningOptimizer,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
-        """Takes a step; then the teacher follows."""
+        """Takes a step; then, unless it was left out, the teacher follows."""
         progress = self._progress()
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self.after_step(progress)
+        if not self.step_skipped:
+            self.after_step(progress)
 
     def after_step(self, progress: float) -> None:
         """Lets the method and its teacher follow a step of the optimiser, before which so much was behind."""
