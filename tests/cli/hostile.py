@@ -62,7 +62,7 @@ CANARIES: dict[str, Arguments] = {
     "pydoc.pipepager": ["words", "tee CANARY > /dev/null"],
     "py_compile.compile": ["SCRIPT", "CANARY"],
     "runpy.run_path": ["SCRIPT"],
-    "timeit.timeit": [WRITE, "pass"],
+    "timeit.timeit": ["pass", WRITE],
     "cProfile.run": [WRITE, "/dev/null"],
     "logging.FileHandler": ["CANARY"],
     "logging.config.dictConfig": [
