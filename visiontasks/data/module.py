@@ -211,7 +211,8 @@ class DataModule(LightningDataModule):
         """The trainer's place among the batches, and what it depends on."""
         if self.trainer is None:
             return {}
-        loop, facts = self.trainer.fit_loop, {"batch_size": self.batch_size, "processes": self.trainer.world_size}
+        loop: Any = self.trainer.fit_loop
+        facts = {"batch_size": self.batch_size, "processes": self.trainer.world_size}
         epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current.processed
         within = epochs.ready > epochs.processed
         return facts | {"epoch": epochs.processed, "batches": batches if within else 0}

@@ -214,7 +214,9 @@ class Task(LightningModule):
         if len(parts) == world_size():
             self._running = parts[rank()]
         else:
-            self._running = {name: sum(part[name] for part in parts) / world_size() for name in parts[0]}
+            self._running = {
+                name: torch.stack([part[name] for part in parts]).sum(dim=0) / world_size() for name in parts[0]
+            }
 
     def predictions(self, raw: Any) -> list[Prediction]:
         """One plain dictionary an image of what raw predictions say."""
