@@ -449,14 +449,16 @@ def histories(given: argparse.Namespace, folder: Path) -> int:
     for number in range(given.kills):
         run = Run(folder / f"history_{number}", given.task, given.processes, given.workers)
         wanted, died = draw.choice((1, 1, 2, 3)), 0
+        lived: list[str] = []
         while died < wanted:
             moment = MOMENTS[(number + died) % len(MOMENTS)] if died < 2 else draw.choice(MOMENTS)
             death = _drawn(moment, draw, step, given.processes)
             if run.live(death) == 0:
                 shutil.rmtree(run.folder)  # it was over before it could die
-                died = 0
+                deaths = {each: deaths[each] - lived.count(each) for each in MOMENTS}
+                died, lived, run.codes = 0, [], []
                 continue
-            died, deaths[moment] = died + 1, deaths[moment] + 1
+            died, deaths[moment], lived = died + 1, deaths[moment] + 1, [*lived, moment]
         _finished(run, run.live(None))
         found = compared(reference.folder, run.folder)
         equal, once, left = equal + (not found), once + seen_once(run.folder), max(left, run.left)
