@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,14 @@ TINY = (
     *("data.batch_size=8", "trainer=ddp_cpu", "trainer.max_epochs=1", "trainer.enable_progress_bar=false"),
     *("test=false", "trainer.timeout=10"),
 )
+
+
+@pytest.fixture(autouse=True)
+def no_job_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test breaks is broken in it alone."""
+    monkeypatch.setattr(ranks, "_BROKEN", threading.Event())
+
+
 FAULT = """
 import os, signal, time
 from lightning import Callback

@@ -22,7 +22,11 @@ def test_a_run_leaves_a_folder_to_look_at(finished_run: Path) -> None:
     names = {path.name for path in finished_run.iterdir()}
     pictures = {"curves.png", "predictions.png", "confusion.png"}
     assert names >= {"config.yaml", "command.txt", "metrics.csv", "summary.json", *pictures}
-    assert {path.name for path in (finished_run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert {path.name for path in (finished_run / "checkpoints").iterdir()} == {
+        "best.ckpt",
+        "last.ckpt",
+        "previous.ckpt",
+    }
     assert any(name.startswith("events.out.tfevents") for name in names)
     for picture in pictures:
         assert Image.open(finished_run / picture).size[0] > 300

@@ -16,10 +16,12 @@ from torch.utils.data import DataLoader
 from visiontasks.contracts import IGNORE, Sample, Verdict
 from visiontasks.data.images import BadFile
 from visiontasks.data.module import DataModule, Views, collate
+from visiontasks.data.patience import PatientLoader
 from visiontasks.data.source import Source
 
 EPOCHS, DRAWS, WORKERS = 3, 16, 2
 _BATCH = 4
+_PATIENCE = 60.0  # seconds for a batch
 _RARE = 10  # times that the most frequent class may occur as often as the rarest
 _LISTED = 3
 
@@ -96,8 +98,8 @@ def _drawn(views: Views, *, workers: int) -> list[list[bytes]]:
         multi_view=views.multi_view,
     )
     keys = [(epoch, index) for epoch in range(EPOCHS) for index in range(DRAWS)]
-    loader: DataLoader[Any] = DataLoader(
-        same, batch_size=_BATCH, sampler=cast(Any, keys), num_workers=workers, collate_fn=collate
+    loader = PatientLoader(
+        same, timeout=_PATIENCE, batch_size=_BATCH, sampler=cast(Any, keys), num_workers=workers, collate_fn=collate
     )
     results = [result for batch in loader for result in _pixels(batch)]
     return [results[start : start + DRAWS] for start in range(0, len(results), DRAWS)]
