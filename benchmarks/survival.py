@@ -6,8 +6,8 @@
     python benchmarks/survival.py --mutations 300    bit flips, cuts and swaps of a checkpoint
 
 Everything is imported once; each run is a fork of this process, which keeps to one thread: a forked child of a torch
-with several would hang. Each is a run of train.py from its command line, and at two processes Lightning's launcher
-starts the second one as it would, but by a fork.
+with several would hang. Each is a run of train.py from its command line, and at two processes its launcher starts the
+second one as it would, but by a fork.
 """
 
 import argparse
@@ -20,22 +20,22 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from visiontasks import durable
 from visiontasks.callbacks.report import Report
-from visiontasks.cli import train
+from visiontasks.cli import rank, ranks, train
 from visiontasks.cli.train import good_checkpoint
 from visiontasks.errors import UsageError
 
@@ -177,14 +177,80 @@ class Run:
 
 def _detached(log: Path, job: Callable[[], None]) -> None:
     """Runs a job in a session of its own, and ends this process with its exit code."""
+    os.setsid()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    _ended_by(job)
+
+
+class _Forked:
+    """What the launcher of ranks takes for a subprocess.Popen: a fork that waits for its environment."""
+
+    def __init__(self, job: Callable[[], None]) -> None:
+        self.returncode: int | None = None
+        told, self.telling = os.pipe()
+        fed, feeding = os.pipe()
+        self.notes, noting = os.pipe()
+        self.pid = os.fork()
+        if self.pid:
+            for end in (told, fed, noting):
+                os.close(end)
+            os.set_blocking(self.notes, False)
+            self.stdin = os.fdopen(feeding, "wb")
+            return
+        for end in (self.telling, feeding, self.notes):
+            os.close(end)
+        with os.fdopen(told, "rb") as pipe:
+            received = pipe.read()
+        if not received:  # the parent ended before it launched anything
+            os._exit(0)
+        os.environ.update(pickle.loads(received) | {ranks.NOTES: str(noting)})
+        os.dup2(fed, 0)
+        sys.stdin = os.fdopen(0)
+        _ended_by(job)
+
+    def start(self, environment: dict[str, str], handed: bytes) -> "_Forked":
+        with os.fdopen(self.telling, "wb") as pipe:
+            pipe.write(pickle.dumps(environment))
+        self.stdin.write(handed)
+        self.stdin.flush()
+        return self
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            done, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if done else None
+        return self.returncode
+
+    def wait(self, timeout: float = LIMIT) -> int:
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("rank", timeout)
+            time.sleep(0.01)
+        return cast(int, self.returncode)
+
+    def communicate(self, given: bytes, *, timeout: float) -> None:
+        with suppress(BrokenPipeError):
+            self.stdin.write(given)
+            self.stdin.close()
+        self.wait(timeout)
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def _ended_by(job: Callable[[], None]) -> None:
+    """Does a job and ends this process with its exit code."""
     code = 1
     try:
-        os.setsid()
-        log.parent.mkdir(parents=True, exist_ok=True)
-        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(out, 1)
-        os.dup2(out, 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
         job()
         code = 0
     except SystemExit as stop:
@@ -198,74 +264,20 @@ def _detached(log: Path, job: Callable[[], None]) -> None:
         os._exit(code)
 
 
-class _Forked:
-    """What Lightning's launcher takes for a subprocess.Popen: a fork that waits for its environment."""
-
-    def __init__(self, job: Callable[[], None], log: Path) -> None:
-        self.returncode: int | None = None
-        reading, self.writing = os.pipe()
-        self.pid = os.fork()
-        if self.pid:
-            os.close(reading)
-            return
-        os.close(self.writing)
-        with os.fdopen(reading, "rb") as pipe:
-            received = pipe.read()
-        if not received:  # the parent ended before it launched anything
-            os._exit(0)
-        os.environ.update(pickle.loads(received))
-        code = 1
-        try:
-            job()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 1
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
-
-    def start(self, environment: dict[str, str]) -> "_Forked":
-        with os.fdopen(self.writing, "wb") as pipe:
-            pipe.write(pickle.dumps(environment))
-        return self
-
-    def poll(self) -> int | None:
-        if self.returncode is None:
-            done, status = os.waitpid(self.pid, os.WNOHANG)
-            self.returncode = os.waitstatus_to_exitcode(status) if done else None
-        return self.returncode
-
-    def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-
 def _launch_by_fork(folder: Path, death: Death | None) -> None:
-    """Has Lightning's launcher of this process start the second one by a fork."""
+    """Has the launcher of this process start the second rank by a fork."""
 
     def second() -> None:
         _instrument(folder, death, rank=1)
-        train.main()
+        rank.main()
 
-    waiting = _Forked(second, folder / "log.txt")
+    waiting: Any = _Forked(second)
 
-    def call(launcher: Any) -> None:
-        environment = launcher.cluster_environment
-        facts = {
-            "MASTER_ADDR": environment.main_address,
-            "MASTER_PORT": str(environment.main_port),
-            "NODE_RANK": "0",
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": "2",
-        }
-        os.environ.update(facts)
-        launcher.procs = [waiting.start(dict(os.environ) | {"LOCAL_RANK": "1"})]
+    def started(local: int, number: int, handed: bytes) -> ranks.Rank:
+        told = {"LOCAL_RANK": str(local), ranks.PARENT: str(os.getpid())}
+        return ranks.Rank(number, waiting.start(dict(os.environ) | told, handed), waiting.notes)
 
-    _SubprocessScriptLauncher._call_children_scripts = call  # type: ignore[method-assign]
+    ranks._started = started
 
 
 def _instrument(folder: Path, death: Death | None, *, rank: int) -> None:
