@@ -144,6 +144,7 @@ PLAIN = (  # no batch norm, whose statistics are each process's own
 )
 
 
+@pytest.mark.exhaustive
 def test_stages_that_learn_later_are_synchronised(call: Callable[..., None], tmp_path: Path) -> None:
     torch.manual_seed(0)
     backbone = TorchvisionBackbone(name="squeezenet1_1")
@@ -203,6 +204,7 @@ def test_a_study_of_nothing_is_refused(
 FINDERS = ("transfer=linear_probe_then_finetune", "find_lr=true", "trainer.max_epochs=60")
 
 
+@pytest.mark.exhaustive
 def test_the_finders_leave_the_plan_as_it_was(
     finished_run: Path, call: Callable[..., None], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -250,6 +250,7 @@ def one_of_three(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.exhaustive
 def test_three_processes_of_uneven_shares_one_of_them_empty_measure_as_one(tmp_path: Path) -> None:
     mp.spawn(one_of_three, args=(str(tmp_path),), nprocs=3)
     figures, tables = measured(list(range(7)))

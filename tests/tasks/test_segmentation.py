@@ -182,6 +182,7 @@ def one_of_three(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.exhaustive
 def test_three_processes_with_uneven_ignored_pixels_learn_and_measure_as_one(tmp_path: Path) -> None:
     mp.spawn(one_of_three, args=(str(tmp_path),), nprocs=3)
     gradients, figures = learnt(learner(), batch())

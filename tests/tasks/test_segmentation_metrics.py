@@ -212,6 +212,7 @@ def one_of_three(rank: int, folder: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
+@pytest.mark.exhaustive
 def test_three_processes_with_uneven_parts_compute_as_one(tmp_path: Path) -> None:
     mp.spawn(one_of_three, args=(str(tmp_path),), nprocs=3)
     predicted, target = maps()
