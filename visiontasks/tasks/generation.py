@@ -377,7 +377,7 @@ class Generation(Task):
     def _evaluated(self, stage: str) -> None:
         super()._evaluated(stage)
         if stage == "val":
-            self.log("step", float(self.global_step))  # else Lightning would count batches that are accumulated
+            self.log("step", float(self.global_step - 1))  # else Lightning would count batches that are accumulated
 
     def compile_parts(self) -> None:
         for part in (self.backbone, self.head.critic, self.head.generator, self.average):
