@@ -1,6 +1,7 @@
 """Tiny GANs, and what trains them, for the tests of generation."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,10 +54,10 @@ def images(count: int = 8, *, batch_size: int = 8) -> list[Batch]:
     return [{key: values[row] for key, values in everything.items()} for row in rows]
 
 
-def fit(task: Generation, batches: list[Batch], **options: Any) -> Trainer:
+def fit(task: Generation, batches: list[Batch], *, ckpt: Path | None = None, **options: Any) -> Trainer:
     """Trains a task on batches, in their order."""
     chosen: dict[str, Any] = {"max_epochs": 1, "accelerator": "cpu", "devices": 1} | options
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     trainer = Trainer(**quiet, logger=False, **chosen)
-    trainer.fit(task, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+    trainer.fit(task, DataLoader(batches, batch_size=None), ckpt_path=ckpt)  # type: ignore[arg-type]
     return trainer
