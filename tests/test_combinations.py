@@ -61,7 +61,7 @@ def usual(task: str, backbone: str, head: str) -> bool:
 def config(*overrides: str) -> dict[str, Any]:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         composed = compose("train", list(overrides))
-    parts = [part for part in PARTS if part in composed]
+    parts = [part for part in (*PARTS, "trainer") if part in composed]  # the task looks at the trainer
     container: Any = OmegaConf.to_container(OmegaConf.masked_copy(composed, parts), resolve=True)
     return container  # type: ignore[no-any-return]
 

@@ -113,7 +113,6 @@ def test_a_run_is_resumed_where_it_was(run: Path, call: Callable[..., None], tmp
         (["head=cgan", "data.digits=[1,3]"], "The task needs label"),
         (["find_lr=true"], "type find_lr=false"),
         (["data.image_size=30"], "data.image_size=30 is not 4 to 7 pixels doubled"),
-        (["trainer.precision=16-mixed", "trainer.accelerator=cpu"], "precision"),
     ],
 )
 def test_mistakes_are_one_sentence(

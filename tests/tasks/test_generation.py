@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning import Callback
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -278,6 +279,9 @@ def test_what_cannot_train_is_refused() -> None:
     with pytest.raises(MisconfigurationException, match="gradient accumulation is not supported"):
         fit(made(), images(), accumulate_grad_batches=2)
     batch = images()[0] | {"label": torch.zeros(8, 3)}
+    scaled = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    with pytest.raises(UsageError, match="not 16-mixed: type trainer.precision=32"):
+        fit(made(), images(8), plugins=[scaled])
     with pytest.raises(UsageError, match="these have several"):
         made("conditional").draw_for(batch)
 
