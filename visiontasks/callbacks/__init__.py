@@ -8,6 +8,7 @@ from visiontasks.callbacks.optional import early_stopping, ema, progress_bar, sw
 from visiontasks.callbacks.pictures import ClassBars, ConfusionMatrix, ContactSheets, LearningCurves, PrecisionRecall
 from visiontasks.callbacks.probes import Probes
 from visiontasks.callbacks.report import Report
+from visiontasks.callbacks.samples import Interpolations, NearestImages, SampleSheets
 
 __all__ = [
     "ClassBars",
@@ -15,11 +16,14 @@ __all__ = [
     "ConfusionMatrix",
     "ContactSheets",
     "EmbeddingPictures",
+    "Interpolations",
     "LearningCurves",
     "MetricsFile",
+    "NearestImages",
     "PrecisionRecall",
     "Probes",
     "Report",
+    "SampleSheets",
     "best_checkpoint",
     "early_stopping",
     "ema",

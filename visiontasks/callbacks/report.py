@@ -69,10 +69,11 @@ class Report(Callback):
                 print(f"bad file   {name}: {bad[name]}", flush=True)
         self._named |= bad.keys()
 
-    def summary(self, trainer: Trainer, module: LightningModule, metrics: dict[str, float]) -> dict[str, Any]:
+    def summary(self, trainer: Trainer, module: Any, metrics: dict[str, float]) -> dict[str, Any]:
         """The figures by name, and what the run cost: seconds, images a second over all processes, gigabytes."""
         return metrics | {
             **per_class(module),
+            **module.metrics.facts(),
             "parameters": sum(parameter.numel() for parameter in module.parameters()),
             "seconds": round(time.perf_counter() - self.started, 1),
             **(self._training(trainer) if trainer.global_step else {}),

@@ -1,6 +1,7 @@
 """From a composed config to the objects that train."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -27,7 +28,7 @@ PARTS = (
     *("task", "backbone", "transfer", "head", "loss", "data", "augment", "optimizer", "scheduler"),
     *("channels_last", "seed"),
 )
-_LIBRARIES = {
+LIBRARIES = {
     "torchvision": "visiontasks.backbones.TorchvisionBackbone",
     "timm": "visiontasks.backbones.TimmBackbone",
 }
@@ -81,6 +82,8 @@ def build_task(config: Config, *, classes: tuple[str, ...]) -> Task:
     head = instantiate(config["head"], _convert_="all")
     check_head(config, head)
     losses = {"losses": instantiate(config["loss"], _convert_="all")} if config.get("loss") else {}
+    named = config["task"].get("extractor")
+    extractor = {} if named is None else {"extractor": partial(build_extractor, named)}
     channels_last = config["channels_last"]
     task: Task = instantiate(config["task"], _convert_="all")(
         backbone=backbone,
@@ -90,6 +93,7 @@ def build_task(config: Config, *, classes: tuple[str, ...]) -> Task:
         scheduler=instantiate(config["scheduler"], _convert_="all"),
         channels_last=native_bfloat16() if channels_last == "auto" else channels_last,
         **losses,
+        **extractor,
     )
     task.config = {key: config[key] for key in PARTS if key in config}
     return task.to(memory_format=task.memory_format)
@@ -101,11 +105,18 @@ def start_backbone(task: Task, config: Config) -> Receipt | None:
     if source is None:
         return getattr(task.backbone, "receipt", None)
     library, _, name = str(source).partition(":")
-    if source != "imagenet" and library not in _LIBRARIES:
+    if source != "imagenet" and library not in LIBRARIES:
         return load_backbone(task.backbone, source, allow_missing=allowed)
-    known = {"_target_": _LIBRARIES[library], "name": name} if name else config["backbone"]
+    known = {"_target_": LIBRARIES[library], "name": name} if name else config["backbone"]
     published = instantiate(known | {"weights": "imagenet"}, _convert_="all")
     return load_backbone(task.backbone, published.state_dict(), source=source, allow_missing=allowed)
+
+
+def build_extractor(named: str) -> Any:
+    """The network in whose features images are compared, see visiontasks.cli.extractor."""
+    from visiontasks.cli.extractor import extractor  # imports the task of classification, for which not every run waits
+
+    return extractor(named)
 
 
 def begin_transfer(task: Task, data: DataModule, config: Config) -> tuple[list[Callback], str]:

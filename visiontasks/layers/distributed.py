@@ -55,6 +55,18 @@ def collected(value: T) -> list[T]:
     return parts
 
 
+def in_order(parts: list[tuple[Tensor, ...]], device: torch.device) -> list[Tensor]:
+    """The columns of the rows of all processes, sorted by the second column, the images' positions.
+
+    Processes may have unequally many rows, or none; a position's own rows stay in their order.
+    """
+    columns = [torch.cat(column).cpu() for column in zip(*parts, strict=True)]
+    everyone = [part for part in collected(columns) if part]
+    whole = [torch.cat(column) for column in zip(*everyone, strict=True)]
+    order = whole[1].argsort(stable=True)
+    return [column[order].to(device) for column in whole]
+
+
 @lru_cache(maxsize=1)
 def _between_cpus(world: Any) -> Any:
     """The group of all processes, on gloo; made once for each world, by all of its processes together."""
