@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from hydra.utils import instantiate
+from hydra.utils import get_class
 
 from visiontasks.cli.build import LIBRARIES, find_checkpoint, load_task
 from visiontasks.data.module import conf_name
@@ -23,7 +23,7 @@ def extractor(named: str) -> Extractor:
     if kind not in LIBRARIES:
         return _run_features(named)
     name, _, file = rest.partition(":")
-    backbone = instantiate({"_target_": LIBRARIES[kind], "name": name, "weights": file or "imagenet"})
+    backbone = get_class(LIBRARIES[kind])(name=name, weights=file or "imagenet")
     learnt = Path(file).stem if file else "imagenet"
     return published_features(backbone, name=f"{_word(name)}_{_word(learnt)}", source=named)
 
