@@ -54,7 +54,7 @@ def test_a_sheet_is_drawn_after_each_validation_and_all_are_animated(tmp_path: P
     sheets = SampleSheets(rows=3, columns=4)
     for trainer.current_epoch in range(3):
         sheets.on_validation_end(trainer, module)
-        module.sample = lambda latents, labels=None: Painter().sample(latents + 1)
+        module.sample = lambda latents, _: Painter().sample(latents + 1)
     trainer.sanity_checking, trainer.current_epoch = True, 7
     sheets.on_validation_end(trainer, module)
     trainer.sanity_checking, trainer.is_global_zero, trainer.current_epoch = False, False, 8
@@ -163,7 +163,7 @@ def test_a_training_image_that_is_repeated_is_found(tmp_path: Path, monkeypatch:
     data = scenes()
     data.setup()
     batch = next(iter(data.probe_dataloader()))
-    module.sample = lambda latents, labels=None: batch["image"][:1].expand(len(latents), -1, -1, -1)
+    module.sample = lambda latents, _: batch["image"][:1].expand(len(latents), -1, -1, -1)
     pictures, found, distances, title, _ = nearest_of(module, tmp_path, monkeypatch)
     assert len(pictures) == len(found) == 3
     assert {len(row) for row in found} == {4}

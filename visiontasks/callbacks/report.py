@@ -128,7 +128,7 @@ def introduction(trainer: Trainer, module: Any) -> list[str]:
     classes = ", ".join(module.classes[:10]) + (", ..." if len(module.classes) > 10 else "")
     parameters = sum(parameter.numel() for parameter in module.parameters())
     trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-    accumulated = trainer.accumulate_grad_batches
+    accumulated = getattr(module, "accumulate_grad_batches", trainer.accumulate_grad_batches)
     batch = f"{data.batch_size * world_size() * accumulated}"
     parts = f"{data.batch_size} x {world_size()} processes x {accumulated} accumulated"
     return [

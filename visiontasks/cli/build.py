@@ -28,6 +28,7 @@ PARTS = (
     *("task", "backbone", "transfer", "head", "loss", "data", "augment", "optimizer", "scheduler"),
     *("channels_last", "seed"),
 )
+_STEPPING = {"accumulate_grad_batches": 1, "gradient_clip_val": None}  # what Lightning leaves to a task that steps
 LIBRARIES = {
     "torchvision": "visiontasks.backbones.TorchvisionBackbone",
     "timm": "visiontasks.backbones.TimmBackbone",
@@ -162,8 +163,10 @@ def check_head(config: Config, head: Any) -> None:
 def build_trainer(config: Config, *, folder: Path, callbacks: Sequence[Callback] = ()) -> Trainer:
     """The trainer with its callbacks and loggers, writing to a run folder."""
     precision, asked = resolved_precision(config["trainer"]["precision"]), config["trainer"]["sync_batchnorm"]
-    together = get_class(config["task"]["_target_"]).sees_all if asked == "auto" else asked
+    task: type[Task] = get_class(config["task"]["_target_"])
+    together = task.sees_all if asked == "auto" else asked
     options = config["trainer"] | {"precision": precision, "sync_batchnorm": together}
+    options |= {key: value for key, value in _STEPPING.items() if task.steps_itself}
     plugins = {"plugins": [ProcessBatchNorms()]} if together else {}
     trainer: Trainer = instantiate(
         options,

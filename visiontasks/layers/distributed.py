@@ -90,6 +90,18 @@ def mean_over_processes(total: Tensor, count: Tensor) -> Tensor:
     return total * world_size() / torch.where(count > 0, count, 1)
 
 
+@torch.no_grad()
+def average_over_processes(values: list[Tensor], number: Tensor) -> list[Tensor]:
+    """Tensors, each of which becomes its mean over all processes, in one exchange; so does the number, a scalar."""
+    if world_size() > 1:
+        everything = [*values, number]
+        flat = torch.cat([value.flatten() for value in everything])  # of one type
+        dist.all_reduce(flat)
+        parts = (flat / world_size()).split([value.numel() for value in everything])
+        torch._foreach_copy_(everything, [part.view_as(value) for part, value in zip(parts, everything, strict=True)])
+    return values
+
+
 def gather(rows: Tensor) -> Tensor:
     """The rows of all processes in the order of ranks, for a loss that all processes then compute alike.
 

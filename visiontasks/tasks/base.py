@@ -36,6 +36,7 @@ class Task(LightningModule):
     metrics: Metrics
     loss_weights: dict[str, float]  # by the losses' names
     sees_all: ClassVar[bool] = False  # its batch norms want statistics over all processes
+    steps_itself: ClassVar[bool] = False  # it has several optimisers, and accumulates and clips gradients itself
     panels: ClassVar[int] = 1  # pictures side by side that `draw` makes of one image
     unit: ClassVar[str] = "images"  # what the confusion matrix counts
 
