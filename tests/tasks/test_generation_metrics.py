@@ -12,7 +12,7 @@ from torch import Tensor
 from visiontasks.contracts import UsageError
 from visiontasks.tasks.extractors import Extractor, RandomFeatures, Seen
 from visiontasks.tasks.fidelity import frechet_distance, inception_score, neighbourhoods
-from visiontasks.tasks.generation_metrics import SampleQuality, diversity
+from visiontasks.tasks.generation_metrics import SampleQuality, vendi
 
 IMAGES = 61
 
@@ -53,16 +53,22 @@ def test_figures_are_those_of_the_features_of_the_first_images() -> None:
     expected |= {
         "fid": frechet_distance(real, generated).item(),
         "inception_score": inception_score(logits).item(),
-        "diversity": diversity(real, generated).item(),
+        "vendi": vendi(real, generated).item(),
     }
     named = {f"{name}_corners": value for name, value in expected.items()}
     assert {name: found[name] for name in named} == pytest.approx(named, rel=1e-5)
-    assert found.keys() == named.keys() | {"fid", "kid_corners"}
+    assert found.keys() == named.keys() | {"fid", "diversity", "kid_corners"}
     assert found["fid"] == found["fid_corners"]
 
 
 def test_what_is_not_asked_for_or_not_known_is_left_out() -> None:
-    assert sorted(seen_by(SampleQuality(neighbours=0))) == ["diversity_random", "fid", "fid_random", "kid_random"]
+    assert sorted(seen_by(SampleQuality(neighbours=0))) == [
+        "diversity",
+        "fid",
+        "fid_random",
+        "kid_random",
+        "vendi_random",
+    ]
 
 
 def test_a_second_evaluation_starts_anew() -> None:
@@ -109,11 +115,11 @@ def test_impossible_numbers_are_refused(options: dict[str, Any]) -> None:
         SampleQuality(**options)
 
 
-def test_diversity_falls_with_what_is_left_of_the_data() -> None:
+def test_the_vendi_score_falls_with_what_is_left_of_the_data() -> None:
     features = RandomFeatures()(images(0, 240))[0]
     real, others = features[:120], features[120:]
-    assert diversity(real, others).item() == pytest.approx(1, abs=0.15)
-    found = [diversity(real, others[:count].repeat(120 // count, 1)).item() for count in (60, 12, 3, 1)]
+    assert vendi(real, others).item() == pytest.approx(1, abs=0.15)
+    found = [vendi(real, others[:count].repeat(120 // count, 1)).item() for count in (60, 12, 3, 1)]
     assert found == sorted(found, reverse=True)
     assert found[-1] < 0.3
 

@@ -23,7 +23,7 @@ from visiontasks.tasks.fidelity import nearest
 Pixels = NDArray[np.uint8]  # (H, W, 3)
 BATCH = 64  # pictures that are made at once
 GAP = 2  # pixels between the pictures of a sheet
-SHOWN = 56  # pixels a side to which small pictures are enlarged, in whole steps
+SHOWN = 64  # pixels a side to which small pictures are enlarged, in whole steps
 LINE = 16  # pixels of a line of text
 FRAMES = 200  # of an animation at most
 LAST = 8  # times as long as another frame, the last one is shown

@@ -14,7 +14,16 @@ from visiontasks.errors import UsageError
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # in the wheel, in a checkout
-PATHS = ("run", "input", "output", "init_from", "resume", "data.root", "backbone.weights")  # quoted for Hydra
+PATHS = (
+    "run",
+    "input",
+    "output",
+    "init_from",
+    "resume",
+    "data.root",
+    "backbone.weights",
+    "task.extractor",
+)  # quoted for Hydra
 
 
 def run(

@@ -3,7 +3,9 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torchmetrics import Metric
 
 from visiontasks.contracts import UsageError
 from visiontasks.layers.distributed import in_order
@@ -23,10 +25,11 @@ SUBSETS = 10  # of KID, of 1000 images each
 class SampleQuality(Metrics):
     """Compares generated with real images in the features of one network, whose name each figure carries.
 
-    Of the images whose index is below `samples` it measures fid, kid, diversity, inception_score where the network
-    knows classes, and with `neighbours` precision, recall, density and coverage. What is monitored needs a name that
-    does not change with the network: fid_NAME is logged as fid, too. The network is made by `prepare`, or when it is
-    first used, and is no part of the module: no checkpoint has it, and no optimiser finds it.
+    Of the images whose index is below `samples` it measures fid, kid, vendi, inception_score where the network knows
+    classes, and with `neighbours` precision, recall, density and coverage. What is monitored needs a name that does not
+    change with the network: fid_NAME is logged as fid, too; so is diversity, which needs no network (Spread). The
+    network is made by `prepare`, or when it is first used, and is no part of the module: no checkpoint has it, and no
+    optimiser finds it.
     Raises UsageError where samples or neighbours are no numbers of images.
     """
 
@@ -36,6 +39,7 @@ class SampleQuality(Metrics):
             raise UsageError(
                 f"task.measured={samples} and task.neighbours={neighbours}: give 2 images or more, and 0 or more."
             )
+        self.spread = Spread()
         self.samples = samples
         self.neighbours = neighbours
         self._make = make
@@ -58,6 +62,7 @@ class SampleQuality(Metrics):
             others, logits = extractor(generated[wanted])
             row = (features, index[wanted], others, *([] if logits is None else [logits]))
             self._rows.append(tuple(column.cpu() for column in row))
+            self.spread.update(real[wanted], generated[wanted])
 
     def compute(self) -> tuple[Figures, Figures]:
         """The figures over the images of all processes, and no tables."""
@@ -66,7 +71,7 @@ class SampleQuality(Metrics):
         figures = feature_figures(real, generated, neighbours=self.neighbours)
         figures |= {"inception_score": inception_score(logits[0])} if logits else {}
         named = {f"{name}_{self.prepare().name}": value for name, value in figures.items()}
-        return {"fid": figures["fid"], **named}, {}
+        return {"fid": figures["fid"], "diversity": self.spread.compute(), **named}, {}
 
     def reset(self) -> None:
         super().reset()
@@ -91,21 +96,51 @@ class SampleQuality(Metrics):
         return [counted] if extractor.knows_classes else [counted, lacking]
 
 
+class Spread(Metric):
+    """How much pictures vary among each other over how much the data do: 1 is alike, 0 is always the same picture.
+
+    The standard deviation of pixels at a size of SIDE.
+    """
+
+    full_state_update = False
+    SIDE = 8
+    sums: Tensor  # (2, 2, 3 * SIDE * SIDE): real and generated, first and second powers
+    counts: Tensor  # (2,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("sums", torch.zeros(2, 2, 3 * self.SIDE**2, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("counts", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, *kinds: Tensor) -> None:
+        """Adds real and generated images, uint8 (B, 3, H, W) both."""
+        for at, images in enumerate(kinds):
+            rows = F.adaptive_avg_pool2d(images.float(), self.SIDE).flatten(1).double() / 255
+            self.sums[at] += torch.stack((rows.sum(dim=0), rows.square().sum(dim=0)))
+            self.counts[at] += len(rows)
+
+    def compute(self) -> Tensor:
+        """0 where there are no images."""
+        first, second = (self.sums / self.counts.clamp(min=1).view(2, 1, 1)).unbind(1)  # (2, D)
+        real, fake = (second - first.square()).clamp(min=0).sum(dim=1).sqrt()
+        return fake / real.clamp(min=1e-12)
+
+
 def feature_figures(real: Tensor, generated: Tensor, *, neighbours: int) -> Figures:
-    """fid, kid, diversity and, of `neighbours` above 0, precision, recall, density and coverage.
+    """fid, kid, vendi and, of `neighbours` above 0, precision, recall, density and coverage.
 
     Shapes: (N, D) and (M, D), 2 images or more each.
     """
     figures = {
         "fid": frechet_distance(real, generated),
         "kid": kernel_distance(real, generated, subsets=SUBSETS)[0],
-        "diversity": diversity(real, generated),
+        "vendi": vendi(real, generated),
     }
     return figures | (neighbourhoods(real, generated, neighbours=neighbours) if neighbours else {})
 
 
-def diversity(real: Tensor, generated: Tensor) -> Tensor:
-    """How many directions generated features take from the mean real one, over how many real features take.
+def vendi(real: Tensor, generated: Tensor) -> Tensor:
+    """The Vendi score of generated features over that of real ones, both as they differ from the mean real one.
 
     1 is as diverse as the data, near 0 the same image over and over. Shapes: (N, D) and (M, D); returns a scalar.
     """
