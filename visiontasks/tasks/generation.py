@@ -305,10 +305,12 @@ class Generation(Task):
 
     def evaluation_step(self, batch: Batch) -> Tensor:
         """The critic's scores of each image, (B,); the metrics see as many pictures of the same classes."""
-        labels = self._labels(batch)
-        keys = image_keys(batch["index"], seed=self.seed, epoch=_EVALUATION)
-        fake = self.sample(normal(draws(keys, self.head.latent_dim)), labels)
-        self.metrics.update(batch["image"], fake, batch["index"])
+        labels, rows = self._labels(batch), self.metrics.wanted(batch["index"])
+        if len(rows):
+            index = batch["index"][rows]
+            keys = image_keys(index, seed=self.seed, epoch=_EVALUATION)
+            fake = self.sample(normal(draws(keys, self.head.latent_dim)), None if labels is None else labels[rows])
+            self.metrics.update(batch["image"][rows], fake, index)
         return self(self.images(batch), labels).float()  # type: ignore[no-any-return]
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002

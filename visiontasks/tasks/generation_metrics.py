@@ -53,16 +53,20 @@ class SampleQuality(Metrics):
             self._made = (self._make().requires_grad_(False).eval(),)
         return self._made[0]
 
+    def wanted(self, index: Tensor) -> Tensor:
+        """The rows of a batch that are measured, (b,), by their positions in the data, (B,)."""
+        return (index < self.samples).nonzero()[:, 0]
+
     def update(self, real: Tensor, generated: Tensor, index: Tensor) -> None:
         """Adds images and as many generated ones, uint8 (B, 3, H, W) both, at positions (B,) in the data."""
-        wanted = index < self.samples
-        if wanted.any():
+        rows = self.wanted(index)
+        if len(rows):
+            real, generated = real[rows], generated[rows]
             extractor = self.prepare().to(real.device)
-            features, _ = extractor(real[wanted])
-            others, logits = extractor(generated[wanted])
-            row = (features, index[wanted], others, *([] if logits is None else [logits]))
+            (features, _), (others, logits) = extractor(real), extractor(generated)
+            row = (features, index[rows], others, *([] if logits is None else [logits]))
             self._rows.append(tuple(column.cpu() for column in row))
-            self.spread.update(real[wanted], generated[wanted])
+            self.spread.update(real, generated)
 
     def compute(self) -> tuple[Figures, Figures]:
         """The figures over the images of all processes, and no tables."""
