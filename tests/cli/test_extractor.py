@@ -64,7 +64,7 @@ def test_random_features_need_nothing() -> None:
 @pytest.mark.parametrize(
     ("named", "sentence"),
     [
-        ("nowhere", "holds no checkpoint"),
+        ("nowhere", "task.extractor=nowhere is no run of ours"),
         ("torchvision:resnet18:nowhere.pth", "nowhere.pth is no file"),
         ("torchvision:resnet0:nowhere.pth", "resnet0"),
     ],

@@ -3,6 +3,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,7 +13,7 @@ from torch import Tensor
 from visiontasks.contracts import UsageError
 from visiontasks.tasks.extractors import Extractor, RandomFeatures, Seen
 from visiontasks.tasks.fidelity import frechet_distance, inception_score, neighbourhoods
-from visiontasks.tasks.generation_metrics import SampleQuality, vendi
+from visiontasks.tasks.generation_metrics import SampleQuality, diversity, vendi
 
 IMAGES = 61
 
@@ -122,6 +123,21 @@ def test_the_vendi_score_falls_with_what_is_left_of_the_data() -> None:
     found = [vendi(real, others[:count].repeat(120 // count, 1)).item() for count in (60, 12, 3, 1)]
     assert found == sorted(found, reverse=True)
     assert found[-1] < 0.3
+
+
+def test_diversity_is_the_deviation_of_regions() -> None:
+    real, generated = images(0), images(1) // 2
+    found = SampleQuality()
+    found.update(real, generated, torch.arange(IMAGES))
+    regions = [
+        part.numpy().reshape(IMAGES, 3, 10, 2, 10, 2).mean(axis=(3, 5)).reshape(IMAGES, -1)
+        for part in (real, generated)
+    ]
+    spreads = [np.sqrt(part.var(axis=0).sum()) for part in regions]
+    expected = spreads[1] / spreads[0]
+    assert diversity(*(torch.from_numpy(part) for part in regions)).item() == pytest.approx(expected)
+    assert found.compute()[0]["diversity"].item() == pytest.approx(expected, abs=0.03)  # of other regions
+    assert diversity(torch.ones(4, 2), torch.rand(4, 2)) == 0
 
 
 def one_of_several(rank: int, world: int, folder: str) -> None:

@@ -1,7 +1,7 @@
 """What watches a run."""
 
 from visiontasks.callbacks.checkpoints import best_checkpoint, last_checkpoint
-from visiontasks.callbacks.collapse import CollapseWarning
+from visiontasks.callbacks.collapse import CollapseWarning, ModeCollapseWarning
 from visiontasks.callbacks.embeddings import EmbeddingPictures
 from visiontasks.callbacks.metrics_file import MetricsFile
 from visiontasks.callbacks.optional import early_stopping, ema, progress_bar, swa
@@ -19,6 +19,7 @@ __all__ = [
     "Interpolations",
     "LearningCurves",
     "MetricsFile",
+    "ModeCollapseWarning",
     "NearestImages",
     "PrecisionRecall",
     "Probes",

@@ -6,6 +6,7 @@ from pathlib import Path
 from hydra.utils import get_class
 
 from visiontasks.cli.build import LIBRARIES, find_checkpoint, load_task
+from visiontasks.contracts import UsageError
 from visiontasks.data.module import conf_name
 from visiontasks.tasks.extractors import Extractor, Inception, RandomFeatures, TaskFeatures, published_features
 
@@ -20,6 +21,11 @@ def extractor(named: str) -> Extractor:
         return RandomFeatures()
     if kind == Inception.name:
         return Inception(rest or None)
+    if kind not in LIBRARIES and not Path(named).expanduser().exists():
+        raise UsageError(
+            f"task.extractor={named} is no run of ours and no network: type the folder of a run, random, inception, "
+            "torchvision:NAME or timm:NAME."
+        )
     if kind not in LIBRARIES:
         return _run_features(named)
     name, _, file = rest.partition(":")

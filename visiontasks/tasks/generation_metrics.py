@@ -5,7 +5,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import Metric
 
 from visiontasks.contracts import UsageError
 from visiontasks.layers.distributed import in_order
@@ -20,6 +19,7 @@ from visiontasks.tasks.fidelity import (
 from visiontasks.tasks.metrics import Figures, Metrics
 
 SUBSETS = 10  # of KID, of 1000 images each
+SIDE = 8  # of the small images that are compared as they are
 
 
 class SampleQuality(Metrics):
@@ -27,9 +27,8 @@ class SampleQuality(Metrics):
 
     Of the images whose index is below `samples` it measures fid, kid, vendi, inception_score where the network knows
     classes, and with `neighbours` precision, recall, density and coverage. What is monitored needs a name that does not
-    change with the network: fid_NAME is logged as fid, too; so is diversity, which needs no network (Spread). The
-    network is made by `prepare`, or when it is first used, and is no part of the module: no checkpoint has it, and no
-    optimiser finds it.
+    change with the network: fid_NAME is logged as fid, too; diversity needs no network. The network is made by
+    `prepare`, or when it is first used, and is no part of the module: no checkpoint has it, and no optimiser finds it.
     Raises UsageError where samples or neighbours are no numbers of images.
     """
 
@@ -39,12 +38,12 @@ class SampleQuality(Metrics):
             raise UsageError(
                 f"task.measured={samples} and task.neighbours={neighbours}: give 2 images or more, and 0 or more."
             )
-        self.spread = Spread()
         self.samples = samples
         self.neighbours = neighbours
         self._make = make
         self._made: tuple[Extractor, ...] = ()  # in a tuple, so that it is no submodule
         self._rows: list[tuple[Tensor, ...]] = []
+        self._device = torch.device("cpu")  # where figures are computed
         self._compared = 0
 
     def prepare(self) -> Extractor:
@@ -64,18 +63,18 @@ class SampleQuality(Metrics):
             real, generated = real[rows], generated[rows]
             extractor = self.prepare().to(real.device)
             (features, _), (others, logits) = extractor(real), extractor(generated)
-            row = (features, index[rows], others, *([] if logits is None else [logits]))
+            row = (features, index[rows], others, small(real), small(generated), *([] if logits is None else [logits]))
             self._rows.append(tuple(column.cpu() for column in row))
-            self.spread.update(real, generated)
+            self._device = real.device if real.is_cuda else self._device
 
     def compute(self) -> tuple[Figures, Figures]:
         """The figures over the images of all processes, and no tables."""
-        real, index, generated, *logits = in_order(self._rows, torch.device("cpu"))
+        real, index, generated, small_real, small_generated, *logits = in_order(self._rows, self._device)
         self._compared = len(index)
         figures = feature_figures(real, generated, neighbours=self.neighbours)
         figures |= {"inception_score": inception_score(logits[0])} if logits else {}
         named = {f"{name}_{self.prepare().name}": value for name, value in figures.items()}
-        return {"fid": figures["fid"], "diversity": self.spread.compute(), **named}, {}
+        return {"fid": figures["fid"], "diversity": diversity(small_real, small_generated), **named}, {}
 
     def reset(self) -> None:
         super().reset()
@@ -100,36 +99,6 @@ class SampleQuality(Metrics):
         return [counted] if extractor.knows_classes else [counted, lacking]
 
 
-class Spread(Metric):
-    """How much pictures vary among each other over how much the data do: 1 is alike, 0 is always the same picture.
-
-    The standard deviation of pixels at a size of SIDE.
-    """
-
-    full_state_update = False
-    SIDE = 8
-    sums: Tensor  # (2, 2, 3 * SIDE * SIDE): real and generated, first and second powers
-    counts: Tensor  # (2,)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("sums", torch.zeros(2, 2, 3 * self.SIDE**2, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("counts", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, *kinds: Tensor) -> None:
-        """Adds real and generated images, uint8 (B, 3, H, W) both."""
-        for at, images in enumerate(kinds):
-            rows = F.adaptive_avg_pool2d(images.float(), self.SIDE).flatten(1).double() / 255
-            self.sums[at] += torch.stack((rows.sum(dim=0), rows.square().sum(dim=0)))
-            self.counts[at] += len(rows)
-
-    def compute(self) -> Tensor:
-        """0 where there are no images."""
-        first, second = (self.sums / self.counts.clamp(min=1).view(2, 1, 1)).unbind(1)  # (2, D)
-        real, fake = (second - first.square()).clamp(min=0).sum(dim=1).sqrt()
-        return fake / real.clamp(min=1e-12)
-
-
 def feature_figures(real: Tensor, generated: Tensor, *, neighbours: int) -> Figures:
     """fid, kid, vendi and, of `neighbours` above 0, precision, recall, density and coverage.
 
@@ -151,3 +120,18 @@ def vendi(real: Tensor, generated: Tensor) -> Tensor:
     mean = real.double().mean(dim=0)
     of_real, of_generated = (effective_number(rows.double() - mean) for rows in (real, generated))
     return of_generated / of_real
+
+
+def small(images: Tensor) -> Tensor:
+    """Images (B, 3, H, W) uint8 as the means of SIDE x SIDE regions in 0..1, (B, 3 * SIDE * SIDE) float32."""
+    return F.adaptive_avg_pool2d(images.float() / 255, SIDE).flatten(1)
+
+
+def diversity(real: Tensor, generated: Tensor) -> Tensor:
+    """The standard deviation of small generated images over that of real ones: 0 is always the same picture.
+
+    Shapes: (N, D) and (M, D); returns a scalar, 0 where the real images do not differ.
+    """
+    spread, found = (rows.double().var(dim=0, correction=0).sum().sqrt() for rows in (real, generated))
+    share: Tensor = found / spread.where(spread > 0, torch.inf)
+    return share
