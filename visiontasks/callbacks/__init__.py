@@ -2,6 +2,7 @@
 
 from visiontasks.callbacks.checkpoints import best_checkpoint, last_checkpoint
 from visiontasks.callbacks.collapse import CollapseWarning, ModeCollapseWarning
+from visiontasks.callbacks.divergence import DivergenceWarning
 from visiontasks.callbacks.embeddings import EmbeddingPictures
 from visiontasks.callbacks.metrics_file import MetricsFile
 from visiontasks.callbacks.optional import early_stopping, ema, progress_bar, swa
@@ -15,6 +16,7 @@ __all__ = [
     "CollapseWarning",
     "ConfusionMatrix",
     "ContactSheets",
+    "DivergenceWarning",
     "EmbeddingPictures",
     "Interpolations",
     "LearningCurves",

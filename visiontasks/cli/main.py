@@ -1,9 +1,9 @@
-"""visiontasks train|evaluate|predict: the entry points, from any folder."""
+"""visiontasks train|evaluate|predict|generate: the entry points, from any folder."""
 
 import importlib
 import sys
 
-COMMANDS = ("train", "evaluate", "predict")
+COMMANDS = ("train", "evaluate", "predict", "generate")
 
 
 def main() -> None:

@@ -171,9 +171,9 @@ class Generation(Task):
         critic, generator = cast(list[LightningOptimizer], self.optimizers())
         if not self._waiting:
             self._statistics = _statistics(self.backbone, self.head)
-        drawn = self._draw(batch)
+        drawn = self.draw_for(batch)
         self._waiting.append(drawn)
-        self._learn(self._critic_loss(batch["image"].float() / 127.5 - 1, drawn))
+        self._learn(self.critic_loss(batch["image"].float() / 127.5 - 1, drawn))
         if len(self._waiting) < self.accumulate_grad_batches and not self.trainer.is_last_batch:
             return
         right = self._average("critic", critic)
@@ -188,14 +188,14 @@ class Generation(Task):
         """Takes a step of the generator, on the noise of the batches since the last step, and averages it."""
         with held((*self.backbone.parameters(), *self.head.critic.parameters())):
             for drawn in self._waiting:
-                self._learn(self._generator_loss(drawn))
+                self._learn(self.generator_loss(drawn))
         if self._average("generator", optimizer):
             optimizer.optimizer.step()
             self._follow()
         optimizer.optimizer.zero_grad()
         self._schedule(1)
 
-    def _draw(self, batch: Batch) -> "Drawn":
+    def draw_for(self, batch: Batch) -> "Drawn":
         """What is drawn for each image of a batch."""
         keys = image_keys(batch["index"], seed=self.seed, epoch=self.current_epoch)
         sizes = [self.head.latent_dim, self.head.latent_dim, augment.DRAWS, augment.DRAWS, augment.DRAWS, 1]
@@ -212,7 +212,7 @@ class Generation(Task):
             )
         return labels
 
-    def _critic_loss(self, real: Tensor, drawn: "Drawn") -> Tensor:
+    def critic_loss(self, real: Tensor, drawn: "Drawn") -> Tensor:
         """What the critic is to make small; pictures are (B, C, H, W) in -1..1."""
         weights, labels = self._weights(), drawn.labels
         with torch.no_grad():
@@ -239,7 +239,7 @@ class Generation(Task):
         self.watch("penalty", sum(term[0] for term in terms), terms[0][1].new_tensor(float(len(real))))
         return terms
 
-    def _generator_loss(self, drawn: "Drawn") -> Tensor:
+    def generator_loss(self, drawn: "Drawn") -> Tensor:
         torch.clear_autocast_cache()  # what was cast before the critic's step is stale
         fake = self.head.generator(drawn.generator_latents, drawn.labels).float()
         of_fake = self._scores(fake, numbers=drawn.generator_numbers, labels=drawn.labels, weights=self._weights())
@@ -389,7 +389,7 @@ class Generation(Task):
     def _evaluated(self, stage: str) -> None:
         super()._evaluated(stage)
         if stage == "val":
-            self.log("step", float(self.global_step))  # else Lightning would count batches that are accumulated
+            self.log("step", float(self.global_step - 1))  # else Lightning would count batches that are accumulated
 
     def compile_parts(self) -> None:
         for part in (self.backbone, self.head.critic, self.head.generator, self.average):
