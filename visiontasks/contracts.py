@@ -1,7 +1,7 @@
 """What backbones, heads, tasks and data promise each other, on one screen."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, TypedDict
+from typing import Any, Literal, NamedTuple, Protocol, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from visiontasks.errors import UsageError
 
-__all__ = ["IGNORE", "Backbone", "Batch", "Head", "Level", "Sample", "Transform", "UsageError"]
+__all__ = ["IGNORE", "Backbone", "Batch", "Head", "Level", "Sample", "Transform", "UsageError", "Verdict"]
 
 IGNORE = 255  # what a semantic mask says of a pixel that counts nowhere
 
@@ -19,6 +19,14 @@ class Level(NamedTuple):
 
     channels: int
     stride: int
+
+
+class Verdict(NamedTuple):
+    """What a check found, in one sentence; a fault makes the result of a training wrong, a warning may."""
+
+    check: str
+    status: Literal["ok", "warning", "fault"]
+    sentence: str
 
 
 class Backbone(nn.Module):

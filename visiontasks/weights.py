@@ -1,6 +1,5 @@
 """Weights from files into modules, with nothing lost in silence."""
 
-import pickle
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -12,9 +11,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.serialization import safe_globals
 
 from visiontasks.contracts import Backbone, UsageError
+from visiontasks.durable import verify
+from visiontasks.pickled import read_pickled
 
 _STATE = "state_dict."  # where most checkpoints keep the weights
 _PARALLEL = "module."  # what DataParallel puts before every name
@@ -22,6 +22,7 @@ _NET = "net."  # where our adapters keep the published network
 _COUNTER = "num_batches_tracked"
 _SECOND_CHOICE = ("encoder_k", "momentum", "student", "target", "ema")  # copies that lag behind, and DINO's student
 _SHOWN = 4  # names in a message
+_LONGEST = 1000  # letters of a name
 _IDLE = (  # what published checkpoints hold beside tensors; none of it is ever called
     "argparse.Namespace",
     "collections.defaultdict",
@@ -146,16 +147,18 @@ def load_strictly(
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """Reads all tensors of a file by name, `a.b` being b in the dict a; half precision becomes float32.
 
-    Takes .safetensors, whatever torch.load opens with weights_only=True, or a run folder (checkpoints/best.ckpt, else
-    last.ckpt). Settings that were pickled beside the tensors (argparse's, omegaconf's) are skipped, and never called.
+    Takes .safetensors, whatever torch.load opens with weights_only=True (see read_pickled), or a run folder
+    (checkpoints/best.ckpt, else last.ckpt). Settings that were pickled beside the tensors (argparse's, omegaconf's) are
+    skipped, and never called.
 
     Raises:
-        UsageError: if there is no such file, or it holds no tensors by name; the message names the file.
+        UsageError: if there is no such file, it is damaged, or it holds no tensors by name; the message names the file.
     """
     file = _weights_file(Path(path))
+    verify(file, foreign=True)
     payload = _read(file)
     tensors = dict(_flattened(payload)) if isinstance(payload, dict) else {}
-    if not tensors:
+    if not tensors or max(map(len, tensors)) > _LONGEST:
         raise UsageError(
             f"{file} holds no state dict (tensors by name): give a file that torch.save(model.state_dict()) wrote."
         )
@@ -256,14 +259,12 @@ class _Idle:
 
 
 def _read(file: Path) -> Any:
+    if file.suffix != ".safetensors":
+        return read_pickled(file, idle=[(_Idle, name) for name in _IDLE])
     try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        with safe_globals([(_Idle, name) for name in _IDLE]):
-            return torch.load(file, "cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        pickled = isinstance(error, pickle.UnpicklingError)
-        reason = "not tensors alone" if pickled else str(error).split("\n", maxsplit=1)[0]
+        return load_file(file)
+    except (SafetensorError, RuntimeError, ValueError, OSError) as error:
+        reason = str(error).split("\n", maxsplit=1)[0]
         raise UsageError(
             f"{file} cannot be read as weights ({reason}): give a .pth, .safetensors or .ckpt file."
         ) from error

@@ -18,8 +18,8 @@ class Answers:
         self.panels = panels
         self.told = 0
 
-    def errors(self, raw: Any, batch: dict[str, Any]) -> Tensor:
-        return ERRORS[batch["index"]]
+    def errors(self, raw: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
+        return {"mistakes": ERRORS[batch["index"]]}
 
     def predictions(self, raw: Any) -> list[dict[str, Any]]:
         self.told += len(raw)
@@ -46,18 +46,18 @@ def after(sheets: ContactSheets, size: int, *, panels: int = 1, listed: bool = F
 def test_the_worst_images_are_the_same_in_batches_of_any_size(size: int, listed: bool) -> None:
     sheets = ContactSheets(images=8)
     after(sheets, size, panels=2, listed=listed)
-    assert [(tile.error, tile.name) for tile in sheets.worst] == WORST
-    for tile in [*sheets.worst, *sheets.sample]:
+    assert [(tile.error, tile.name) for tile in sheets.worst["mistakes"]] == WORST
+    for tile in [*sheets.worst["mistakes"], *sheets.sample]:
         assert tile.truth == tile.prediction == {"position": int(tile.image)}
-    assert all(ord(tile.name) - ord("a") == int(tile.image) for tile in sheets.worst)
+    assert all(ord(tile.name) - ord("a") == int(tile.image) for tile in sheets.worst["mistakes"])
     assert len(sheets.sample) == 4
 
 
 def test_images_right_from_the_start_are_no_mistakes() -> None:
     sheets = ContactSheets(images=40)
     after(sheets, 4)
-    assert len(sheets.worst) == int((ERRORS > 0).sum())
-    assert min(tile.error for tile in sheets.worst) > 0
+    assert len(sheets.worst["mistakes"]) == int((ERRORS > 0).sum())
+    assert min(tile.error for tile in sheets.worst["mistakes"]) > 0
 
 
 def test_only_what_is_shown_is_put_into_words() -> None:

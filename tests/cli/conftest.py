@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from visiontasks.cli import evaluate, generate, predict, train
+from visiontasks.cli import convert, doctor, evaluate, generate, predict, train
 
 TINY = (
     "backbone=resnet20",
@@ -17,7 +17,14 @@ TINY = (
     "trainer.max_epochs=1",
     "trainer.enable_progress_bar=false",
 )
-MAINS = {"train": train.main, "evaluate": evaluate.main, "predict": predict.main, "generate": generate.main}
+MAINS = {
+    "convert": convert.main,
+    "doctor": doctor.main,
+    "train": train.main,
+    "evaluate": evaluate.main,
+    "generate": generate.main,
+    "predict": predict.main,
+}
 
 
 @pytest.fixture

@@ -36,6 +36,19 @@ def test_a_mistake_is_one_sentence(
     assert all(word in said for word in words), said
 
 
+def test_a_run_that_is_no_longer_finite(
+    call: Callable[..., None], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    diverging = ("optimizer=sgd", "optimizer.lr=1e20", "scheduler=constant", "callbacks.non_finite.stop_after=2")
+    sizes = (*TINY, "backbone=resnet20", "data.image_size=32", "data.batch_size=4", "trainer.enable_progress_bar=false")
+    with pytest.raises(SystemExit) as stop:
+        call("train", *sizes, *diverging, f"hydra.run.dir={tmp_path}")
+    said = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2
+    assert said[-1].startswith("error: 2 steps in a row")
+    assert (tmp_path / "non_finite.jsonl").read_text().count("\n") == 2
+
+
 def test_an_empty_folder(call: Callable[..., None], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         call("train", "data=image_folder", f"data.root={tmp_path}", f"hydra.run.dir={tmp_path / 'run'}")

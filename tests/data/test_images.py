@@ -164,8 +164,8 @@ def test_what_is_no_regular_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
     for path, reason in (
         (tmp_path / "gone.jpg", "does not exist"),
-        (tmp_path, "regular"),
-        (tmp_path / "pipe.jpg", "regular"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "pipe.jpg", "is no regular"),
     ):
         with pytest.raises(BadFile, match=reason):
             read_image(path)

@@ -138,3 +138,10 @@ def test_processes_download_one_at_a_time(tmp_path: Path) -> None:
 
     with torchvision_sets._locked(tmp_path), (tmp_path / ".lock").open("w") as other, pytest.raises(BlockingIOError):
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_an_archive_that_grows_beyond_all_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("visiontasks.data.torchvision_sets._MOST_IDX", 1000)
+    (tmp_path / "bomb.gz").write_bytes(gzip.compress(bytes(100_000)))
+    with pytest.raises(UsageError, match="more than 1,000 bytes"):
+        read_idx(tmp_path / "bomb.gz")

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -188,3 +189,26 @@ def test_norms_are_put_in_place_and_back() -> None:
     assert list(network.state_dict()) == names
     assert {tensor.dtype for tensor in network.state_dict().values()} == {torch.float64, torch.long}
     assert not any(layer.training for layer in layers)
+
+
+def against_torch(process: int, folder: str) -> None:
+    """The largest relative distance of results and gradients from those of nn.SyncBatchNorm, on one GPU."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=process, world_size=2)
+    random = torch.Generator().manual_seed(process)
+    images, slopes = (torch.randn(2 + process, 3, 5, 4, generator=random).cuda() for _ in range(2))
+    found = []
+    for make in (nn.SyncBatchNorm.convert_sync_batchnorm, ProcessBatchNorms().apply):
+        norm = make(nn.Sequential(nn.BatchNorm2d(3))).cuda()
+        own = images.clone().requires_grad_()
+        result = norm(own)
+        (result * slopes).sum().backward()
+        found.append([result, own.grad, *(each.grad for each in norm.parameters()), *norm.buffers()])
+    errors = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*found, strict=True)]
+    torch.save(max(errors), f"{folder}/{process}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="nn.SyncBatchNorm runs on a GPU alone")
+def test_batch_norm_is_that_of_torch(tmp_path: Path) -> None:
+    mp.spawn(against_torch, args=(str(tmp_path),), nprocs=2)
+    assert max(torch.load(tmp_path / f"{process}.pt") for process in range(2)) < 1e-5

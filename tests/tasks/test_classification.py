@@ -73,7 +73,7 @@ def test_predictions_name_the_five_likeliest_and_errors_weigh_the_wrong() -> Non
     assert (first["class"], second["class"]) == ("b", "a")
     assert list(first["top"])[:2] == ["b", "c"]
     assert len(first["top"]) == 5
-    wrong = task.errors(logits, {"label": torch.tensor([1, 3])})
+    wrong = task.errors(logits, {"label": torch.tensor([1, 3])})["mistakes"]
     assert wrong[0] == 0
     assert wrong[1] == pytest.approx(logits[1].softmax(dim=0)[0].item())
 

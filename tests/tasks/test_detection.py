@@ -174,7 +174,10 @@ def test_batches_without_objects_learn_nothing_and_are_measured() -> None:
     assert made.head.weight.grad == 0  # type: ignore[union-attr]
     found = made.validation_step(data, 0)
     assert [len(one["boxes"]) for one in found] == [0, 0]
-    assert made.errors(found, data).tolist() == [0, 0]
+    assert {kind: counts.tolist() for kind, counts in made.errors(found, data).items()} == {
+        "misses": [0, 0],
+        "false_alarms": [0, 0],
+    }
     assert [one["boxes"] for one in made.predictions(found)] == [[], []]
     figures, _ = made.metrics.compute()
     assert figures["loss"] == 0
@@ -197,7 +200,9 @@ def test_errors_count_what_was_missed_and_what_is_wrong() -> None:
     truths = [objects(CAT, DOG), objects((CAT[0], 1), COW), objects(), objects(CAT, DOG, crowd=1)]
     truths += [objects(((0, 0, 60, 40), 2), crowd=1)]
     data = batch([seen] * len(truths), truths)
-    assert made.errors(made.predict_step(data, 0), data).tolist() == [0, 3, 2, 0, 0]
+    errors = made.errors(made.predict_step(data, 0), data)
+    assert errors["misses"].tolist() == [0, 1, 0, 0, 0]
+    assert errors["false_alarms"].tolist() == [0, 2, 2, 0, 0]
 
 
 def test_a_picture_marks_what_is_missed_and_wrong_and_no_detection_on_a_crowd() -> None:

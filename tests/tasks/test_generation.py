@@ -23,7 +23,6 @@ from visiontasks.contracts import Batch, UsageError
 from visiontasks.layers.diffaugment import diffaugment
 from visiontasks.losses.adversarial import Objective
 from visiontasks.tasks import Generation
-from visiontasks.tasks.generation import Diversity
 from visiontasks.tasks.optimisation import plateau
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -284,17 +283,3 @@ def test_what_cannot_train_is_refused() -> None:
         fit(made(), images(8), plugins=[scaled])
     with pytest.raises(UsageError, match="these have several"):
         made("conditional").draw_for(batch)
-
-
-def test_diversity_is_the_spread_of_pictures_over_that_of_images() -> None:
-    gauge = Diversity()
-    real = torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8)
-    gauge.update(real[:20], real[:20], torch.arange(20))
-    gauge.update(real[20:], real[20:], torch.arange(20, 40))
-    assert gauge.compute()[0]["diversity"].item() == pytest.approx(1)
-    gauge.reset()
-    gauge.update(real, real[:1].expand(40, -1, -1, -1), torch.arange(40))
-    assert gauge.compute()[0]["diversity"].item() == pytest.approx(0, abs=1e-6)
-    gauge.reset()
-    gauge.update(real, real // 2, torch.arange(40))
-    assert gauge.compute()[0]["diversity"].item() == pytest.approx(0.5, abs=0.02)

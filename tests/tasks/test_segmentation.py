@@ -109,7 +109,7 @@ def test_errors_grow_with_the_wrong_pixels_and_leave_ignored_ones_out() -> None:
     guess = truth.clone()
     guess[1, 4:6] = 2
     guess[2] = 3
-    errors = task.errors(list(guess), {"mask": truth})
+    errors = task.errors(list(guess), {"mask": truth})["mistakes"]
     assert errors[0] == 0
     assert errors[1] == pytest.approx(1 - (1 + 0.5 + 0) / 3, abs=1e-6)
     assert errors[2] == 0

@@ -6,15 +6,19 @@ from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.utilities import rank_zero_only
 
 
 class _GrowingFile(ExperimentWriter):
-    """Lightning's writer, which would delete the rows of the run that is resumed."""
+    """Lightning's writer, which would delete the rows of a run that is resumed, or killed as a new column comes."""
 
     def _check_log_dir_exists(self) -> None:
         file = Path(self.metrics_file_path)
         if file.is_file():
             self.metrics_keys = read_header(file)
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        write_rows(Path(self.metrics_file_path), fieldnames, _read(Path(self.metrics_file_path)))
 
 
 class MetricsFile(CSVLogger):
@@ -30,8 +34,37 @@ class MetricsFile(CSVLogger):
             self._experiment = _GrowingFile(log_dir=self.log_dir)
         return self._experiment
 
+    def rows(self) -> int:
+        """The number of rows in the file."""
+        file = Path(self.experiment.metrics_file_path)
+        return sum(1 for _ in _read(file)) if file.is_file() else 0
+
+    @rank_zero_only
+    def keep(self, rows: int) -> None:
+        """Leaves only the first rows: those of steps that a resumed run will take again are gone."""
+        file = Path(self.experiment.metrics_file_path)
+        if not file.is_file():
+            return
+        write_rows(file, read_header(file), _read(file)[:rows])
+
     def log_hyperparams(self, params: Any = None) -> None:
         """Does nothing: the run folder's config.yaml says it all."""
+
+
+def _read(file: Path) -> list[dict[str, str]]:
+    """The whole rows of a metrics.csv: a process that is killed may leave a part of one."""
+    with file.open(newline="") as lines:
+        return [row for row in csv.DictReader(lines) if None not in row.values() and None not in row]
+
+
+def write_rows(file: Path, names: list[str], rows: list[dict[str, str]]) -> None:
+    """Puts a metrics.csv of these rows in the place of the file."""
+    part = file.with_name(f"{file.name}.part")
+    with part.open("w", newline="") as lines:
+        writer = csv.DictWriter(lines, names)
+        writer.writeheader()
+        writer.writerows(rows)
+    part.replace(file)
 
 
 def read_header(file: Path) -> list[str]:

@@ -1,5 +1,8 @@
 """Callbacks that one setting switches on: while it is null or false they give None, and the run goes without them."""
 
+from typing import Any
+
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     EarlyStopping,
     EMAWeightAveraging,
@@ -19,12 +22,28 @@ def early_stopping(
     """Stops when the monitored figure has not improved for `patience` validations."""
     if patience is None:
         return None
-    return EarlyStopping(monitor=monitor, mode=mode, patience=patience, min_delta=min_delta)
+    return _EarlyStopping(monitor=monitor, mode=mode, patience=patience, min_delta=min_delta)
 
 
-def ema(*, decay: float | None = None) -> EMAWeightAveraging | None:
+class _EarlyStopping(EarlyStopping):
+    """Lightning's, which would train on where a run that it had stopped is resumed."""
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:  # noqa: ARG002
+        if self.wait_count >= self.patience:
+            trainer.should_stop = True
+
+
+class Average(EMAWeightAveraging):
+    """An exponential moving average of the weights that stands still while steps are left out."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *rest: Any) -> None:
+        if not pl_module.step_skipped:
+            super().on_train_batch_end(trainer, pl_module, *rest)
+
+
+def ema(*, decay: float | None = None) -> Average | None:
     """Keeps an exponential moving average of the weights, which validation, test and checkpoints use."""
-    return None if decay is None else EMAWeightAveraging(decay=decay)
+    return None if decay is None else Average(decay=decay)
 
 
 def swa(*, lr: float | None = None, start: float = 0.8) -> StochasticWeightAveraging | None:

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning import Callback, LightningModule, Trainer
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
 
 from visiontasks.callbacks.metrics_file import read_columns
-from visiontasks.layers.distributed import world_size
+from visiontasks.layers.distributed import collected
 
 LABELLED = 40  # classes whose names still fit the confusion matrix's axes
 COUNTED = 20  # classes whose counts still fit its cells
@@ -37,10 +36,11 @@ class Tile:
 
 
 class ContactSheets(Callback):
-    """Draws predictions.png, images spread evenly over the test set, and mistakes.png, the worst, most wrong first.
+    """Draws predictions.png, images spread evenly over the test set, and for each kind of error the worst, those first.
 
-    mistakes.csv lists the worst by name. After each validation the same `validation_images` images, spread evenly over
-    the validation set, go to validation/epoch_NNN.png. A task that draws n panels an image gets n times fewer images.
+    Of a kind such as "misses" the pictures are misses.png, and misses.csv lists them by name. After each validation the
+    same `validation_images` images, spread evenly over the validation set, go to validation/epoch_NNN.png. A task that
+    draws n panels an image gets n times fewer images.
     """
 
     def __init__(self, *, images: int = 40, columns: int = 8, validation_images: int = 16) -> None:
@@ -48,7 +48,7 @@ class ContactSheets(Callback):
         self.columns = columns
         self.validation_images = validation_images
         self.sample: list[Tile] = []
-        self.worst: list[Tile] = []
+        self.worst: dict[str, list[Tile]] = {}
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:  # noqa: ARG002
         self.sample = []
@@ -74,7 +74,7 @@ class ContactSheets(Callback):
             draw_sheet(module, self.sample, folder / f"epoch_{trainer.current_epoch:03d}.png", columns=self.columns)
 
     def on_test_start(self, trainer: Trainer, module: LightningModule) -> None:  # noqa: ARG002
-        self.sample, self.worst = [], []
+        self.sample, self.worst = [], {}
 
     def on_test_batch_end(
         self,
@@ -90,21 +90,25 @@ class ContactSheets(Callback):
         rows = _spread(len(outputs), wanted, int(trainer.num_test_batches[0]), batch_idx)
         self.sample += _tiles(module, outputs, batch, dict.fromkeys(rows, NO_MARK))
         names = [data.test_name(index) for index in batch["index"].tolist()]
-        marks = list(zip(module.errors(outputs, batch).tolist(), names, strict=True))
-        least = (self.worst[-1].error, self.worst[-1].name) if len(self.worst) == wanted else NO_MARK
-        worse = [row for row, mark in enumerate(marks) if mark[0] > 0 and mark > least]
-        worst = {row: marks[row] for row in sorted(worse, key=marks.__getitem__)[-wanted:]}
-        self.worst = sorted([*self.worst, *_tiles(module, outputs, batch, worst)], reverse=True)[:wanted]
+        for kind, errors in module.errors(outputs, batch).items():
+            known = self.worst.get(kind, [])
+            worse = _worst(list(zip(errors.tolist(), names, strict=True)), known, wanted)
+            self.worst[kind] = sorted([*known, *_tiles(module, outputs, batch, worse)], reverse=True)[:wanted]
 
     def on_test_end(self, trainer: Trainer, module: Any) -> None:
-        worst = sorted(_gathered(self.worst), reverse=True)[: _shared(self.images, module)]
+        parts = collected(self.worst)
         if not trainer.is_global_zero:
             return
         folder = Path(trainer.default_root_dir)
         draw_sheet(module, self.sample, folder / "predictions.png", columns=self.columns)
-        if worst:
-            draw_sheet(module, worst, folder / "mistakes.png", columns=self.columns, named=True)
-            _write_names(worst, folder / "mistakes.csv")
+        for kind in dict.fromkeys(kind for part in parts for kind in part):
+            tiles = sorted((tile for part in parts for tile in part.get(kind, [])), reverse=True)
+            self._draw_worst(module, kind, tiles[: _shared(self.images, module)], folder)
+
+    def _draw_worst(self, module: Any, kind: str, tiles: list[Tile], folder: Path) -> None:
+        if tiles:
+            draw_sheet(module, tiles, folder / f"{kind}.png", columns=self.columns, named=True)
+            _write_names(tiles, folder / f"{kind}.csv")
 
 
 class ConfusionMatrix(Callback):
@@ -289,9 +293,8 @@ def _chosen(values: Any, rows: list[int]) -> Any:
     return values[rows] if isinstance(values, Tensor) else [values[row] for row in rows]
 
 
-def _gathered(tiles: list[Tile]) -> list[Tile]:
-    if world_size() == 1:
-        return tiles
-    parts: list[list[Tile]] = [[] for _ in range(world_size())]
-    dist.all_gather_object(parts, tiles)
-    return [tile for part in parts for tile in part]
+def _worst(marks: list[Mark], known: list[Tile], wanted: int) -> dict[int, Mark]:
+    """The rows of a batch, at most as many as wanted, that are worse than the last of the `known`, the worst so far."""
+    least = (known[-1].error, known[-1].name) if len(known) == wanted else NO_MARK
+    worse = [row for row, mark in enumerate(marks) if mark[0] > 0 and mark > least]
+    return {row: marks[row] for row in sorted(worse, key=marks.__getitem__)[-wanted:]}

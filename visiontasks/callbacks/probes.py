@@ -7,9 +7,9 @@ import torch
 from lightning import Callback, Trainer
 from torch import Tensor
 
-from visiontasks.callbacks.features import Features, annotations, at_rest, in_order, say
+from visiontasks.callbacks.features import Features, annotations, at_rest, say
 from visiontasks.contracts import IGNORE, Batch, UsageError
-from visiontasks.layers.distributed import sum_over_processes
+from visiontasks.layers.distributed import in_order, sum_over_processes
 from visiontasks.tasks.dense_probe import draw_pixels, pixel_features, pixel_logits
 from visiontasks.tasks.probes import fit_linear, nearest_classes
 from visiontasks.tasks.segmentation_metrics import PixelConfusion, confusion_figures, predicted_classes
@@ -36,7 +36,7 @@ class Probes(Callback):
     to the bank. With `dense`, against masks: val/dense_miou, the mean IoU of a logistic regression of all levels at a
     pixel (hypercolumns, Hariharan et al. 2015, arXiv 1411.5752), fitted to `dense_pixels` pixels of the bank.
 
-    Nothing is kept from one time to the next, and the backbone, its statistics, gradients and mode, and the random
+    No weight is kept from one time to the next, and the backbone, its statistics, gradients and mode, and the random
     state stay as they are. The figures are the same on any number of processes. They are measured in the validations
     of every `every_n_epochs`-th epoch from the first on and of the last one, in time for checkpoints and early stopping
     to monitor them, and with `untrained` also before the first step. What cannot be measured is named when the run
@@ -67,6 +67,13 @@ class Probes(Callback):
         self.kinds: list[str] = []
         self.probes: list[Probe] = []
         self._measured = False
+        self._begun = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"measured": self._measured, "begun": self._begun}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._measured, self._begun = state_dict["measured"], state_dict["begun"]
 
     def setup(self, trainer: Trainer, module: Any, stage: str) -> None:
         """Has the masks read where they are probed and the data have them."""
@@ -94,7 +101,8 @@ class Probes(Callback):
 
     def on_train_start(self, trainer: Trainer, module: Any) -> None:
         """Measures the backbone before its first step."""
-        if not (self.untrained and self.kinds) or trainer.global_step:
+        begun, self._begun = self._begun, True
+        if not (self.untrained and self.kinds) or trainer.global_step or begun:
             return
         with at_rest(module):
             probes = self._fitted(trainer, module)
@@ -130,7 +138,7 @@ class Probes(Callback):
         self.probes = []
 
     def _due(self, trainer: Trainer) -> bool:
-        """Whether this validation measures; the first of a process does, so that there is a figure to monitor."""
+        """Whether this validation measures; the first of a run does, so that there is a figure to monitor."""
         epoch = trainer.current_epoch
         regular = epoch % self.every_n_epochs == 0 or epoch + 1 == trainer.max_epochs
         return not trainer.sanity_checking and (regular or not self._measured)

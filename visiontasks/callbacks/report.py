@@ -29,10 +29,21 @@ class Report(Callback):
         self._resumed_at = 0.0
         self._named: set[str] = set()
 
+    def state_dict(self) -> dict[str, Any]:
+        seconds = time.perf_counter() - self.started
+        return {"seconds": seconds, "training_seconds": self.training_seconds, "images": self.images}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.started = time.perf_counter() - state_dict["seconds"]
+        self.training_seconds, self.images = state_dict["training_seconds"], state_dict["images"]
+
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.is_global_zero:
             lines = [*introduction(trainer, module), *(f"repaired   {line}" for line in repaired(trainer))]
             print("\n".join(lines), flush=True)
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:  # noqa: ARG002
+        self._resumed_at = time.perf_counter()
 
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:  # noqa: ARG002
         self._resumed_at = time.perf_counter()
@@ -69,10 +80,11 @@ class Report(Callback):
                 print(f"bad file   {name}: {bad[name]}", flush=True)
         self._named |= bad.keys()
 
-    def summary(self, trainer: Trainer, module: LightningModule, metrics: dict[str, float]) -> dict[str, Any]:
+    def summary(self, trainer: Trainer, module: Any, metrics: dict[str, float]) -> dict[str, Any]:
         """The figures by name, and what the run cost: seconds, images a second over all processes, gigabytes."""
         return metrics | {
             **per_class(module),
+            **module.metrics.facts(),
             "parameters": sum(parameter.numel() for parameter in module.parameters()),
             "seconds": round(time.perf_counter() - self.started, 1),
             **(self._training(trainer) if trainer.global_step else {}),

@@ -1,22 +1,28 @@
 """From a composed config to the objects that train."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-import yaml
 from hydra.utils import get_class, instantiate
 from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from omegaconf import DictConfig, OmegaConf
 
+from visiontasks.callbacks.agreement import Agreement
+from visiontasks.callbacks.checkpoints import DurableCheckpoints
 from visiontasks.callbacks.unfreezing import Unfreezing
-from visiontasks.cli.command_line import conf_folders
+from visiontasks.cli.ranks import trained_together
+from visiontasks.cli.trusted import check_stored, check_targets
 from visiontasks.contracts import Backbone, UsageError
 from visiontasks.data.module import DataModule
+from visiontasks.durable import verify
 from visiontasks.layers.batch_norm import ProcessBatchNorms
 from visiontasks.layers.freezing import cut_stages
+from visiontasks.layers.sharding import Sharded
+from visiontasks.pickled import read_pickled
 from visiontasks.tasks.base import Task
 from visiontasks.tasks.optimisation import Pace
 from visiontasks.transfer import Auto, freeze_for_good
@@ -27,8 +33,9 @@ PARTS = (
     *("task", "backbone", "transfer", "head", "loss", "data", "augment", "optimizer", "scheduler"),
     *("channels_last", "seed"),
 )
+STORED = ("task", "backbone", "head", "data", "augment", "optimizer", "scheduler")  # those that every run has
 _STEPPING = {"accumulate_grad_batches": 1, "gradient_clip_val": None}  # what Lightning leaves to a task that steps
-_LIBRARIES = {
+LIBRARIES = {
     "torchvision": "visiontasks.backbones.TorchvisionBackbone",
     "timm": "visiontasks.backbones.TimmBackbone",
 }
@@ -39,32 +46,6 @@ def plain(config: DictConfig) -> Config:
     container: Any = OmegaConf.to_container(config, resolve=True)
     check_targets(container)
     return container  # type: ignore[no-any-return]
-
-
-def check_targets(config: Any) -> None:
-    """Refuses every _target_ that no file of our conf/ folder, or of the user's own, declares."""
-    unknown = _targets(config) - declared_targets()
-    if unknown:
-        name = min(unknown)
-        raise UsageError(
-            f"_target_ {name} is declared by no file in {' or '.join(map(str, conf_folders()))}: "
-            "put it in a yaml file of your own conf/ folder."
-        )
-
-
-def declared_targets() -> set[str]:
-    """The exact names that a config may call."""
-    files = (file for folder in conf_folders() for file in folder.rglob("*.yaml"))
-    return {target for file in files for target in _targets(yaml.safe_load(file.read_text()))}
-
-
-def _targets(node: Any) -> set[str]:
-    if isinstance(node, list):
-        return set().union(*map(_targets, node)) if node else set()
-    if not isinstance(node, dict):
-        return set()
-    own = {str(node["_target_"])} if "_target_" in node else set()
-    return own.union(*map(_targets, node.values()))
 
 
 def build_data(config: Config) -> DataModule:
@@ -82,6 +63,8 @@ def build_task(config: Config, *, classes: tuple[str, ...]) -> Task:
     head = instantiate(config["head"], _convert_="all")
     check_head(config, head)
     losses = {"losses": instantiate(config["loss"], _convert_="all")} if config.get("loss") else {}
+    named = config["task"].get("extractor")
+    extractor = {} if named is None else {"extractor": partial(build_extractor, named)}
     channels_last = config["channels_last"]
     task: Task = instantiate(config["task"], _convert_="all")(
         backbone=backbone,
@@ -91,6 +74,7 @@ def build_task(config: Config, *, classes: tuple[str, ...]) -> Task:
         scheduler=instantiate(config["scheduler"], _convert_="all"),
         channels_last=native_bfloat16() if channels_last == "auto" else channels_last,
         **losses,
+        **extractor,
     )
     task.config = {key: config[key] for key in PARTS if key in config}
     return task.to(memory_format=task.memory_format)
@@ -102,11 +86,18 @@ def start_backbone(task: Task, config: Config) -> Receipt | None:
     if source is None:
         return getattr(task.backbone, "receipt", None)
     library, _, name = str(source).partition(":")
-    if source != "imagenet" and library not in _LIBRARIES:
+    if source != "imagenet" and library not in LIBRARIES:
         return load_backbone(task.backbone, source, allow_missing=allowed)
-    known = {"_target_": _LIBRARIES[library], "name": name} if name else config["backbone"]
+    known = {"_target_": LIBRARIES[library], "name": name} if name else config["backbone"]
     published = instantiate(known | {"weights": "imagenet"}, _convert_="all")
     return load_backbone(task.backbone, published.state_dict(), source=source, allow_missing=allowed)
+
+
+def build_extractor(named: str) -> Any:
+    """The network in whose features images are compared, see visiontasks.cli.extractor."""
+    from visiontasks.cli.extractor import extractor  # imports the task of classification, for which not every run waits
+
+    return extractor(named)
 
 
 def begin_transfer(task: Task, data: DataModule, config: Config) -> tuple[list[Callback], str]:
@@ -135,7 +126,7 @@ def _other_data(config: Config) -> bool:
     """Whether the backbone is known to come from a run of ours on another data set."""
     try:
         learnt = read_checkpoint(find_checkpoint(config["init_from"] or config["backbone"].get("weights") or ""))
-    except (UsageError, RuntimeError, UnpicklingError):  # published weights, or somebody else's
+    except UsageError:  # published weights, or somebody else's
         return False
     return bool(learnt["config"]["data"]["_target_"] != config["data"]["_target_"])
 
@@ -156,16 +147,35 @@ def build_trainer(config: Config, *, folder: Path, callbacks: Sequence[Callback]
     together = task.sees_all if asked == "auto" else asked
     options = config["trainer"] | {"precision": precision, "sync_batchnorm": together}
     options |= {key: value for key, value in _STEPPING.items() if task.steps_itself}
-    plugins = {"plugins": [ProcessBatchNorms()]} if together else {}
+    timeout = options.pop("timeout")
+    plugins = [DurableCheckpoints(), *([ProcessBatchNorms()] if together else [])]
     trainer: Trainer = instantiate(
         options,
-        callbacks=[*build_callbacks(config.get("callbacks") or {}), *callbacks],
+        callbacks=[Agreement(config, timeout=timeout), *build_callbacks(config.get("callbacks") or {}), *callbacks],
         logger=[instantiate(logger, _convert_="all") for logger in (config.get("logger") or {}).values()],
         default_root_dir=str(folder),
         _convert_="all",
-        **plugins,
+        plugins=plugins,
     )
-    return trainer
+    check_sharding(trainer, config, together=together)
+    return trained_together(trainer, timeout=timeout)
+
+
+def check_sharding(trainer: Trainer, config: Config, *, together: bool) -> None:
+    """Raises UsageError where trainer=fsdp is joined with what it does not do."""
+    if not isinstance(trainer.strategy, Sharded):
+        return
+    task, head = (get_class(config[part]["_target_"]) if config.get(part) else None for part in ("task", "head"))
+    averaged = any(isinstance(each, (WeightAveraging, StochasticWeightAveraging)) for each in trainer.callbacks)  # type: ignore[attr-defined]
+    refused = {
+        f"the task {getattr(task, '__name__', '')}": not getattr(task, "shards", True),
+        f"the head {getattr(head, '__name__', '')}": not getattr(head, "shards", True),
+        "trainer.sync_batchnorm=true": together,
+        "callbacks.ema or callbacks.swa": averaged,
+    }
+    found = [name for name, here in refused.items() if here]
+    if found:
+        raise UsageError(f"trainer=fsdp does not do {' or '.join(found)}: type trainer=ddp.")
 
 
 def build_callbacks(config: Config) -> list[Callback]:
@@ -227,8 +237,8 @@ def load_task(checkpoint: Path, settings: Config | None = None) -> Task:
 
 
 def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
-    """A checkpoint as plain data; raises UsageError where it was not written by a run of train.py."""
-    stored = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    if not stored.get("config"):
-        raise UsageError(f"{checkpoint} holds no config: expected a checkpoint that train.py wrote.")
+    """A checkpoint as plain data; raises UsageError where it is damaged, or was not written by a run of train.py."""
+    verify(checkpoint)
+    stored = read_pickled(checkpoint, mmap=True)
+    check_stored(stored, STORED, of=str(checkpoint))
     return stored  # type: ignore[no-any-return]

@@ -6,15 +6,21 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from visiontasks.cli.meeting import at_one_time
 from visiontasks.errors import UsageError
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # in the wheel, in a checkout
-PATHS = ("run", "input", "output", "init_from", "resume", "data.root", "backbone.weights")  # quoted for Hydra
+PATHS = (  # quoted for Hydra
+    *("run", "input", "output", "init_from", "resume"),
+    *("data.root", "backbone.weights", "task.extractor"),
+)
+_OVERRIDE = re.compile(r"[+~]{0,2}(?P<key>[A-Za-z_][\w./@:-]*)(=(?P<value>.*))?", flags=re.DOTALL)
 
 
 def run(
@@ -39,7 +45,7 @@ def run(
 
         if before is not None:
             before(arguments)
-        sys.argv[1:] = with_user_conf([quoted(argument) for argument in arguments])
+        sys.argv[1:] = with_user_conf(at_one_time([quoted(argument) for argument in arguments], config))
         failures: list[Exception] = []
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config)(_kept_quiet(job, failures))()
         if failures:
@@ -47,13 +53,19 @@ def run(
 
 
 def _kept_quiet(job: Callable[..., object], failures: list[Exception]) -> Callable[..., object]:
-    """The job, with its exception put aside: Hydra would print a line of its own before passing it on."""
+    """The job with its ranks, its exception put aside: Hydra would print a line of its own before passing it on."""
+    home = os.getpid()
 
     @functools.wraps(job)
-    def quiet(composed: object) -> object:
+    def quiet(composed: Any) -> object:
+        from visiontasks.cli.ranks import one_job
+
         try:
-            return job(composed)
+            with one_job(composed):
+                return job(composed)
         except Exception as error:
+            if os.getpid() != home:  # a launcher runs it in a process of its own
+                raise
             failures.append(error)
             return None
 
@@ -191,3 +203,13 @@ def _nearest(name: str, options: list[str], *, prefix: str) -> str:
 def command(script: str, overrides: list[str]) -> str:
     """The exact command to type again."""
     return shlex.join(["python", script, *overrides])
+
+
+def check_overrides(words: Sequence[str], *, of: Path) -> None:
+    """Refuses words that train.py does not write to command.txt: options of Hydra, and choices outside of conf/."""
+    for word in words:
+        found = _OVERRIDE.fullmatch(word)
+        key, value = (found["key"], found["value"] or "") if found else ("hydra", "")
+        outside = ".." in value or value.lstrip("'\"[ ").startswith("/")
+        if "hydra" in key or ("." not in key and outside and key not in PATHS):
+            raise UsageError(f"{of} holds {word[:99]!r}, which train.py never writes: type the whole command yourself.")

@@ -40,6 +40,7 @@ def predict(composed: "DictConfig") -> None:
     from visiontasks.cli.evaluate import output_folder
     from visiontasks.cli.train import quieten
     from visiontasks.data.image_folder import ImageFiles, find_images
+    from visiontasks.data.images import printable
 
     config, folder = plain(composed), output_folder()
     quieten()
@@ -64,7 +65,7 @@ def predict(composed: "DictConfig") -> None:
             if image is None:
                 continue
             done += 1
-            tile = Tile(0.0, name, image, prediction, None)
+            tile = Tile(0.0, printable(name), image, prediction, None)
             tiles += [tile] if len(tiles) * task.panels < SHEET else []
             if config["pictures"]:
                 (folder / "pictures").mkdir(exist_ok=True)

@@ -34,10 +34,10 @@ def study(composed: "DictConfig") -> float:
     """
     from hydra.core.hydra_config import HydraConfig
 
-    from visiontasks.cli.train import begin_folder
+    from visiontasks.cli.train import as_typed, begin_folder
 
     _check(composed)
-    folder, given = Path(HydraConfig.get().runtime.output_dir), list(HydraConfig.get().overrides.task)
+    folder, given = Path(HydraConfig.get().runtime.output_dir), as_typed(HydraConfig.get())
     begin_folder(folder, composed, given)
     rows = []
     for fraction in FRACTIONS:
@@ -101,8 +101,10 @@ def _as_job(folder: Path, words: list[str]) -> Iterator[None]:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import open_dict, read_write
 
+    from visiontasks.cli.train import as_typed
+
     hydra = HydraConfig.get()
-    before = (hydra.runtime.output_dir, list(hydra.overrides.task))
+    before = (hydra.runtime.output_dir, as_typed(hydra))
     with read_write(hydra), open_dict(hydra):
         hydra.runtime.output_dir, hydra.overrides.task = str(folder), words
         yield

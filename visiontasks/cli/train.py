@@ -5,12 +5,14 @@ import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from visiontasks.cli.command_line import command, run
+from visiontasks.cli.command_line import check_overrides, command, one_sentence, run
 from visiontasks.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lightning import Trainer
     from omegaconf import DictConfig
 
@@ -35,49 +37,81 @@ PROBED = ("val/knn", "val/knn_200", "val/linear")  # what callbacks.Probes measu
 
 
 def main() -> None:
-    run(train, config="train", usage=USAGE, arguments=resumed(sys.argv[1:]))
+    given = sys.argv[1:]
+    with one_sentence(debug="debug=true" in given, config="train", arguments=given):
+        arguments = resumed(given)
+    run(train, config="train", usage=USAGE, arguments=arguments)
 
 
 def resumed(arguments: list[str]) -> list[str]:
-    """The arguments, where resume names a run folder, after those that the run was started with."""
+    """The arguments, where resume names a run folder, after those that the run was started with.
+
+    Raises UsageError where the folder's command.txt is none that train.py wrote.
+    """
     given = next((argument.partition("=")[2] for argument in arguments if argument.startswith("resume=")), "auto")
     folder = Path(given)
     folder = folder.parent.parent if folder.suffix == ".ckpt" else folder
     started = folder / "command.txt"
     if given in {"auto", "null", ""} or not started.is_file():
         return arguments
-    before = [word for word in shlex.split(started.read_text())[2:] if not word.startswith(("resume=", "hydra.run."))]
+    before = [word for word in words_of(started) if not word.startswith(("resume=", "hydra.run."))]
     own_folder = [] if any(word.startswith("hydra.run.dir=") for word in arguments) else [f"hydra.run.dir={folder}"]
     return [*before, *(word for word in arguments if word not in before), *own_folder]
 
 
+def words_of(started: Path) -> list[str]:
+    """The overrides in a command.txt; raises UsageError where it holds what train.py never writes."""
+    try:
+        words = shlex.split(started.read_text())[2:]
+    except ValueError as error:
+        raise UsageError(f"{started} is no command ({error}): type the whole command yourself.") from error
+    check_overrides(words, of=started)
+    return words
+
+
 def train(composed: "DictConfig") -> float:
-    """One run: returns the best value of the monitored figure."""
+    """One run, a study of several, or a look at what would go wrong: returns the best value of the monitored figure."""
+    if composed.doctor:
+        from visiontasks.cli.doctor import doctor
+
+        doctor(composed)
+        return 0.0
+    if composed.transfer_study:
+        from visiontasks.cli.study import study
+
+        return study(composed)
+    return one_run(composed)
+
+
+def one_run(composed: "DictConfig") -> float:
+    """Builds the parts, fits and tests; returns the best value of the monitored figure."""
     from hydra.core.hydra_config import HydraConfig
     from lightning import seed_everything
     from torch import cuda
 
     from visiontasks.cli.build import (
+        PARTS,
         begin_transfer,
         build_data,
         build_task,
         build_trainer,
         one_column_wide,
         plain,
+        read_checkpoint,
         start_backbone,
     )
+    from visiontasks.cli.trusted import check_environment
 
-    if composed.transfer_study:
-        from visiontasks.cli.study import study
-
-        return study(composed)
     hydra = HydraConfig.get()
     config, folder = plain(composed), Path(hydra.runtime.output_dir)
+    check_environment(composed, PARTS)
     checkpoint = resume_from(config["resume"], folder)
+    if checkpoint is not None:
+        read_checkpoint(checkpoint)  # which refuses what is no run's
     quieten()
     seed_everything(config["seed"], workers=True, verbose=False)
     data = build_data(config)
-    data.select(*_annotations(config))
+    data.select(*annotations(config))
     data.setup()
     config = monitoring(composed, config, labelled="label" in data.keys)
     if config["task"].get("class_weights") == "balanced":
@@ -91,14 +125,15 @@ def train(composed: "DictConfig") -> float:
         config["trainer"]["precision"] = "32-true"
     trainer = build_trainer(config, folder=folder, callbacks=transferring)
     if trainer.is_global_zero:
-        begin_folder(folder, composed, list(hydra.overrides.task))
+        begin_folder(folder, composed, as_typed(hydra))
         say_start(receipt, why, folder)
-    tune(trainer, task, data, config)
-    trainer.fit(task, datamodule=data, ckpt_path=checkpoint)
+    if checkpoint is None:
+        tune(trainer, task, data, config)
+    trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     return finish(trainer, task, test=config["test"])
 
 
-def _annotations(config: "Config") -> tuple[frozenset[str], frozenset[str]]:
+def annotations(config: "Config") -> tuple[frozenset[str], frozenset[str]]:
     """What the task needs, and what it takes where the data have it."""
     from hydra.utils import get_class
 
@@ -120,16 +155,33 @@ def monitoring(composed: "DictConfig", config: "Config", *, labelled: bool) -> "
 
 def resume_from(resume: str | None, folder: Path) -> Path | None:
     """The checkpoint to go on from; None starts anew. Raises UsageError rather than write over another run."""
-    last = folder / "checkpoints" / "last.ckpt"
-    if resume is None and last.exists():
+    place = folder if resume in {None, "auto"} else Path(str(resume))
+    kept = [place] if place.is_file() else [place / "checkpoints" / name for name in ("last.ckpt", "previous.ckpt")]
+    found = [file for file in kept if file.is_file()]
+    if resume is None and found:
         raise UsageError(f"{folder} already holds a run: type resume=auto to go on with it, or another hydra.run.dir.")
-    if resume in {None, "auto"}:
-        return last if last.exists() else None
-    place = Path(str(resume))
-    checkpoint = place / "checkpoints" / "last.ckpt" if place.is_dir() else place
-    if not checkpoint.is_file():
+    if not found and resume in {None, "auto"}:
+        return None
+    if not found:
         raise UsageError(f"resume={resume} holds no checkpoints/last.ckpt: give a run folder or a .ckpt file.")
-    return checkpoint
+    return good_checkpoint(found)
+
+
+def good_checkpoint(files: "Sequence[Path]") -> Path:
+    """The first that is not damaged, saying which are; raises UsageError where all are."""
+    from visiontasks.durable import verify
+
+    damages = []
+    for file in files:
+        try:
+            verify(file)
+        except UsageError as damage:
+            damages.append(str(damage))
+            continue
+        if damages:
+            print(f"resume     {' '.join(damages)} Going on from {file}", flush=True)
+        return file
+    raise UsageError(f"{' '.join(damages)} Nothing is left to go on from: type another hydra.run.dir to start anew.")
 
 
 def begin_folder(folder: Path, composed: "DictConfig", overrides: list[str]) -> None:
@@ -139,6 +191,14 @@ def begin_folder(folder: Path, composed: "DictConfig", overrides: list[str]) -> 
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(composed, folder / "config.yaml")
     (folder / "command.txt").write_text(command("train.py", overrides) + "\n")
+
+
+def as_typed(hydra: Any) -> list[str]:
+    """The overrides of Hydra's own config, with the interpolations in them as they were typed."""
+    from omegaconf import OmegaConf
+
+    words: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)
+    return list(words)
 
 
 def say_start(receipt: "Receipt | None", why: str, folder: Path) -> None:
@@ -201,11 +261,13 @@ def quieten() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         r".*does not have many workers.*",  # on a CPU, workers would only compete with the training
-        r".*recommended to use `.*sync_dist=True`.*",  # our figures are already over all processes
+        r".*recommended to use `.*sync_dist=True.*",  # our figures are already over all processes
         r".*Checkpoint directory .* exists and is not empty.*",
         r".*number of training batches .* is smaller than the logging interval.*",
         r".*module\(s\) in eval mode.*",  # which frozen parts are meant to be
         r".*isinstance\(treespec, LeafSpec\).*",  # Lightning's own
+        r".*your dataloader is not resumable.*",  # it begins with the batch that is next
+        r".*You defined a `validation_step` but have no `val_dataloader`.*",  # which the doctor leaves out
     ):
         warnings.filterwarnings("ignore", message=message)
 

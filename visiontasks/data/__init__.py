@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from visiontasks.data.penn_fudan import PennFudan
     from visiontasks.data.semantic_sets import ADE20K, Cityscapes, OxfordPet, VocSegmentation
     from visiontasks.data.source import Source
+    from visiontasks.data.streaming import Streaming
     from visiontasks.data.torchvision_sets import CIFAR10, CIFAR100, MNIST, FashionMNIST
     from visiontasks.data.voc_xml import VocXml
     from visiontasks.data.yolo_txt import YoloTxt
@@ -39,6 +40,7 @@ __all__ = [
     "OxfordPet",
     "PennFudan",
     "Source",
+    "Streaming",
     "VocSegmentation",
     "VocXml",
     "YoloTxt",
@@ -62,6 +64,7 @@ _HOMES = {
     "OxfordPet": "semantic_sets",
     "PennFudan": "penn_fudan",
     "Source": "source",
+    "Streaming": "streaming",
     "VocSegmentation": "semantic_sets",
     "VocXml": "voc_xml",
     "YoloTxt": "yolo_txt",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -49,7 +50,7 @@ def find_images(given: str | Path) -> list[Path]:
     if path.is_dir():
         files = [file for file in visible_files(path) if has_image_suffix(file)]
     else:
-        files = [path] if path.is_file() else sorted(file for file in _matches(str(given)) if file.is_file())
+        files = [path] if path.is_file() else sorted(file for file in _matches(str(given)) if not file.is_dir())
     if not files:
         raise UsageError(f"No images at {given}: give an image, a folder of images or a pattern like 'photos/*.jpg'")
     return files
@@ -157,7 +158,7 @@ class ImageFolder(DataModule):
             if tuple(printable(path.name) for path in _subfolders(folder)) != self._class_names():
                 other = self.folders()["train"]
                 return f"{folder} and {other} have other class folders: give both the same, empty ones too"
-            loose = [file for file in folder.iterdir() if has_image_suffix(file) and file.is_file()]
+            loose = [file for file in folder.iterdir() if has_image_suffix(file) and not file.is_dir()]
             if loose:
                 return f"{loose[0]} lies beside class folders and belongs to no class: move it into one of them"
         return None
@@ -181,9 +182,20 @@ def split_folders(root: Path) -> dict[str, Path]:
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """All files below a folder but hidden ones and those in hidden folders, sorted by name."""
-    files = (path for path in folder.rglob("*") if path.is_file())
+    """All files below a folder but hidden ones and those in hidden folders, sorted by name.
+
+    What is no file and no folder to look into is among them, so that it is named as bad: links to nothing or to a
+    folder, folders that may not be read, and empty ones with the name of an image.
+    """
+    files = (path for path in folder.rglob("*") if not path.is_dir() or _is_dead_end(path))
     return sorted(path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+
+
+def _is_dead_end(folder: Path) -> bool:
+    """Whether a folder would be passed over although images may be meant by it."""
+    if folder.is_symlink() or not os.access(folder, os.R_OK | os.X_OK):
+        return True
+    return has_image_suffix(folder) and not any(folder.iterdir())
 
 
 def has_image_suffix(file: Path) -> bool:

@@ -47,8 +47,9 @@ class BadFile(ValueError):
 
 
 def printable(path: str | os.PathLike[str]) -> str:
-    """A path as text that every stream can print: bytes that are not UTF-8 stand as \\xNN."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    """A path as one line that every stream can print: bytes that are not UTF-8 stand as \\xNN, newlines as \\n."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def read_image(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
@@ -59,7 +60,11 @@ def read_image(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
     Raises BadFile, with the reason: unreadable, no image, damaged, truncated, more than MAX_PIXELS, floating point or
     32-bit samples, or several frames. Damage inside a JPEG's compressed data that leaves it well-formed is not seen.
     """
-    data = _read(path)
+    return decode_image(path, _read(path))
+
+
+def decode_image(path: str | os.PathLike[str], data: bytes) -> NDArray[np.uint8]:
+    """Decode the bytes of an image file as read_image does; `path` is what an error calls it."""
     picture = _open(path, data)
     if (picture.format, picture.mode) in _FAST and "transparency" not in picture.info:
         return _oriented(_decode(path, data), _orientation(path, picture, data))
@@ -88,13 +93,21 @@ def read_mask(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
 def _read(path: str | os.PathLike[str]) -> bytes:
     try:
         if not Path(path).is_file():
-            raise BadFile(path, "is no regular file" if os.path.lexists(path) else "does not exist")
+            raise BadFile(path, _absence(path))
         data = Path(path).read_bytes()
     except OSError as error:
         raise BadFile(path, f"cannot be read ({error.strerror})") from error
     if not data:
         raise BadFile(path, "is empty (0 bytes)")
     return data
+
+
+def _absence(path: str | os.PathLike[str]) -> str:
+    if Path(path).is_dir():
+        return "is a folder"
+    if Path(path).is_symlink() and not Path(path).exists():
+        return f"is a link to nothing ({printable(Path(path).readlink())})"
+    return "is no regular file" if os.path.lexists(path) else "does not exist"
 
 
 def _open(path: str | os.PathLike[str], data: bytes) -> Image.Image:

@@ -18,11 +18,13 @@ from torch.utils.data import DataLoader, Dataset
 import visiontasks.data as exported
 from visiontasks.contracts import Batch, Sample, Transform, UsageError
 from visiontasks.data.fraction import share_of
-from visiontasks.data.images import BadFile
+from visiontasks.data.images import BadFile, printable
 from visiontasks.data.masks import MaskFiles, Survey, median_frequency, survey
+from visiontasks.data.patience import PatientLoader, Reading
 from visiontasks.data.sampling import EpochSampler, too_large_a_batch
 from visiontasks.data.source import Cached, CacheKind, Source, Subset
 from visiontasks.layers.distributed import anywhere, collected, world_size
+from visiontasks.layers.lifetime import die_with_parent
 
 if TYPE_CHECKING:
     from visiontasks.data.views import MultiView
@@ -69,8 +71,10 @@ class DataModule(LightningDataModule):
     files that may be bad (left out, and named in `bad_files`) before training stops; with 0 the first one stops it.
     `fraction` is the share of the training images to learn from, see visiontasks.data.fraction.
     `probe_images` is how many training images `probe_dataloader` shows at most.
-    Several processes count their bad files together, and stop together: after each training batch, and for those of an
-    evaluation before the next training batch or at the end.
+    A worker that gives no batch for `timeout` seconds is killed, and the file that it hung on named; 0: never.
+    Several processes count their bad files together, and stop together: once in trainer.log_every_n_steps training
+    batches, and at the end. Where a trainer goes on in the middle of an epoch, the training loader begins with the
+    batch that is next, which takes the batch size and number of processes of before.
     """
 
     provides: frozenset[str] = frozenset()  # the annotations that samples have, in the words of contracts.Sample
@@ -91,6 +95,7 @@ class DataModule(LightningDataModule):
         max_bad_fraction: float = 0.0,
         fraction: float = 1.0,
         probe_images: int = 5000,
+        timeout: float = 300.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -103,11 +108,14 @@ class DataModule(LightningDataModule):
         self.max_bad_fraction = max_bad_fraction
         self.fraction = fraction
         self.probe_images = probe_images
+        self.timeout = timeout
         self.seed = seed
         self.test_split = "test"
         self.bad_files: dict[str, str] = {}
         self._bad: dict[str, set[str]] = {split: set() for split in SPLITS}
         self._found: list[BadEntry] = []  # since the processes last told each other
+        self._stopped_at: Mapping[str, int] = {"epoch": 0, "batches": 0}
+        self._batches = 0  # of training, which this process has seen
         self._needed: frozenset[str] = frozenset()
         self._selected: frozenset[str] | None = None
         self._sources: dict[str, Source] = {}
@@ -193,7 +201,37 @@ class DataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled, augmented, in whole global batches."""
-        return self._loader("train", train=True)
+        loader, stopped = self._loader("train", train=True), self._stopped_at
+        sampler = cast(EpochSampler, loader.sampler)
+        sampler.set_epoch(stopped["epoch"])  # workers begin to read before Lightning says it
+        if stopped["batches"]:
+            self._check_place(stopped)
+            sampler.resume(epoch=stopped["epoch"], batches=stopped["batches"])
+        return loader
+
+    def state_dict(self) -> dict[str, int]:
+        """The trainer's place among the batches, and what it depends on."""
+        if self.trainer is None:
+            return {}
+        facts = {"batch_size": self.batch_size, "processes": self.trainer.world_size}
+        loop: Any = self.trainer.fit_loop
+        epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current.processed
+        within = epochs.ready > epochs.processed
+        return facts | {"epoch": epochs.processed, "batches": batches if within else 0}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Goes on from such a place; a trainer makes its loader before it knows how far it had come."""
+        self._stopped_at = dict(state_dict)
+
+    def _check_place(self, stopped: Mapping[str, int]) -> None:
+        now = self.state_dict()
+        if any(stopped[name] != now[name] for name in ("batch_size", "processes")):
+            raise UsageError(
+                f"The run stopped in the middle of an epoch, of batches of {stopped['batch_size']} on each of "
+                f"{stopped['processes']} processes, and would go on with {now['batch_size']} on {now['processes']}: "
+                f"type data.batch_size={stopped['batch_size']} trainer.devices={stopped['processes']}, and change them "
+                "from a checkpoint of an epoch's end."
+            )
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Every validation image exactly once, in order."""
@@ -216,9 +254,13 @@ class DataModule(LightningDataModule):
         drawn = np.random.default_rng([self.seed, len(source)]).permutation(len(source))[:most]
         return self._evaluation_loader(Subset(source, np.sort(drawn)), split, views=False)
 
+    def train_name(self, index: int) -> str:
+        """What a person calls an image of the training batches."""
+        return printable(self._sources["train"].name(index))
+
     def test_name(self, index: int) -> str:
         """What a person calls an image of the test loader."""
-        return self._sources[self.test_split].name(index)
+        return printable(self._sources[self.test_split].name(index))
 
     def loader(self, source: Source, *, split: str = "predict") -> DataLoader[Any]:
         """Every sample of any source exactly once, in order, through the evaluation transform: for prediction."""
@@ -232,10 +274,26 @@ class DataModule(LightningDataModule):
         """
         entries = batch.pop("bad", []) if isinstance(batch, dict) else []
         self._found += entries
-        evaluating = self.trainer is not None and not self.trainer.training
-        if world_size() == 1 or not evaluating:  # several evaluate uneven numbers of batches
-            self._judge(lost=entries if entries and "index" not in batch else [])
+        lost = entries if entries and "index" not in batch else []
+        if self._together():
+            self._judge(lost=lost)
+        elif lost:
+            raise UsageError(_all_bad(lost))
         return batch
+
+    def _together(self) -> bool:
+        """Whether all processes are here, and tell each other what they found: once in a log interval of training.
+
+        In evaluation they have uneven numbers of batches.
+        """
+        trainer = self.trainer
+        if world_size() == 1 or trainer is None:
+            return True
+        if not trainer.training:
+            return False
+        self._batches += 1
+        interval: int = getattr(trainer, "log_every_n_steps", 1)
+        return self._batches % max(1, interval) == 0
 
     def teardown(self, stage: str | None = None) -> None:  # noqa: ARG002, Lightning names the stage
         """Note the bad files of the last evaluation; raises UsageError as on_before_batch_transfer does."""
@@ -252,7 +310,7 @@ class DataModule(LightningDataModule):
             self._note_all(split, [(name, reason) for part, name, reason in found if part == split])
         for _, files in parts:
             if files:
-                raise UsageError(f"All {len(files)} files of a batch are bad, among them {_sentence(*files[0][1:])}")
+                raise UsageError(_all_bad(files))
 
     def _note(self, split: str, name: str, reason: str) -> None:
         self.bad_files[name] = reason
@@ -340,22 +398,29 @@ class DataModule(LightningDataModule):
         train: bool,
         keys: frozenset[str],
         views: bool = False,
-        kind: Callable[..., DataLoader[Any]] = DataLoader,
+        kind: Callable[..., DataLoader[Any]] = PatientLoader,
     ) -> DataLoader[Any]:
         transform, multi_view = self._transforms(train=train, keys=keys, views=views)
         data = Views(source, transform, split=split, keys=keys, seed=self.seed, multi_view=multi_view)
         world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         workers = default_workers() if self.num_workers is None else self.num_workers
         sampler = EpochSampler(
-            data, batch_size=self.batch_size, shuffle=train, seed=self.seed, rank=rank, num_replicas=world
+            data,
+            batch_size=self.batch_size,
+            shuffle=train,
+            seed=self.seed,
+            rank=rank,
+            num_replicas=world,
+            order=getattr(source, "order", None),
         )
         return kind(
             data,
+            timeout=self.timeout,
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=workers,
             collate_fn=collate,
-            worker_init_fn=single_threaded,
+            worker_init_fn=begin_worker,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # else each epoch would draw a number from the global one
@@ -394,11 +459,11 @@ class DataModule(LightningDataModule):
 
     def _mismatch(self, missing: frozenset[str]) -> str:
         names = [name for name in exported.__all__ if missing <= _provided(getattr(exported, name))]
-        others = ", ".join(f"data={_conf_name(name)}" for name in names if name != type(self).__name__)
+        others = ", ".join(f"data={conf_name(name)}" for name in names if name != type(self).__name__)
         own = [self.remedies[key] for key in sorted(missing) if key in self.remedies]
         remedy = " or ".join([*dict.fromkeys(own), *([f"one of {others}"] if others else [])])
         return (
-            f"The task needs {_listed(missing)} and {_conf_name(type(self).__name__)} provides "
+            f"The task needs {_listed(missing)} and {conf_name(type(self).__name__)} provides "
             f"{_listed(self.provides) or 'images only'}: type {remedy or 'data= with your own data module'}"
         )
 
@@ -426,12 +491,17 @@ class Views(Dataset[Sample | BadEntry]):
         self.keys = keys | {"image"} | (_WITH_BOXES if "bboxes" in keys else frozenset())
         self.seed = seed
         self.multi_view = multi_view
+        self.reading = Reading(0)
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, key: Key | int) -> Sample | BadEntry:
         epoch, index = key if isinstance(key, tuple) else (0, key)
+        with self.reading.sample(index):
+            return self._item(epoch=epoch, index=index)
+
+    def _item(self, *, epoch: int, index: int) -> Sample | BadEntry:
         try:
             given = self.given(index)
             if getattr(self.transform, "mixes", False):
@@ -473,7 +543,7 @@ class _Others(Sequence[Sample]):
         return self.views.given(index)
 
 
-class _EvaluationLoader(DataLoader[Any]):
+class _EvaluationLoader(PatientLoader):
     """Hands on no bad files, nor a batch of them alone: they are put to those `found`."""
 
     def __init__(self, data: Dataset[Any], *, found: list[BadEntry], **options: Any) -> None:
@@ -500,8 +570,9 @@ def collate(items: list[Sample | BadEntry]) -> Batch:
     return batch
 
 
-def single_threaded(_: int) -> None:
-    """Keep a worker process to one thread: the cores are shared out among processes already."""
+def begin_worker(_: int) -> None:
+    """Keep a worker process to one thread, as the cores are shared out already, and have it end with its parent."""
+    die_with_parent()
     torch.set_num_threads(1)
 
 
@@ -558,7 +629,8 @@ def _side_or_sides(given: int | Sequence[int]) -> int | tuple[int, int]:
     return sides[0] if len(sides) == 1 else (sides[0], sides[1])
 
 
-def _conf_name(name: str) -> str:
+def conf_name(name: str) -> str:
+    """What conf/data calls a data module's class."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
 
 
@@ -568,6 +640,10 @@ def _listed(words: frozenset[str]) -> str:
 
 def _sentence(name: str, reason: str) -> str:
     return f"{name} {reason}" if reason[:1].islower() else f"{name}: {reason}"
+
+
+def _all_bad(files: Sequence[BadEntry]) -> str:
+    return f"All {len(files)} files of a batch are bad, among them {_sentence(*files[0][1:])}"
 
 
 def _rounded_up(fraction: float) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence, Sized
+from collections.abc import Callable, Container, Iterator, Sequence, Sized
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,12 +10,14 @@ from torch.utils.data import DistributedSampler
 
 from visiontasks.contracts import UsageError
 
+Order = Callable[[int, int], NDArray[np.int64]]  # of (seed, epoch): a permutation of all positions
+
 
 class EpochSampler(DistributedSampler[tuple[int, int]]):
     """Yields (epoch, index), so that each worker knows the epoch of each sample.
 
-    In training the order is a permutation drawn from (seed, epoch), cut to whole global batches of
-    `batch_size * num_replicas`; rank r takes every num_replicas-th element from r on, so that batch k of all ranks
+    In training the order is a permutation drawn from (seed, epoch), `order`'s where it is given, cut to whole batches
+    of `batch_size * num_replicas`; rank r takes every num_replicas-th element from r on, so that batch k of all ranks
     together is batch k of one process with the global batch size. In evaluation (`shuffle=False`) every sample occurs
     exactly once, in order, with epoch 0 and without padding: ranks may differ by one sample.
     A DistributedSampler, so that Lightning does not put its padding one in its place.
@@ -31,10 +33,12 @@ class EpochSampler(DistributedSampler[tuple[int, int]]):
         seed: int = 0,
         rank: int = 0,
         num_replicas: int = 1,
+        order: Order | None = None,
     ) -> None:
         super().__init__(data, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
         self.size = len(data)
         self.batch_size = batch_size
+        self.order = order
         self.done = (0, 0)  # an epoch, and how many of its batches are behind us
         if shuffle and self.size < batch_size * num_replicas:
             raise UsageError(too_large_a_batch(batch_size, num_replicas, self.size))
@@ -55,6 +59,8 @@ class EpochSampler(DistributedSampler[tuple[int, int]]):
     def _order(self) -> NDArray[np.int64]:
         if not self.shuffle:
             return np.arange(self.size)
+        if self.order is not None:
+            return self.order(self.seed, self.epoch)
         return np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
 
     def _own(self, order: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -63,6 +69,26 @@ class EpochSampler(DistributedSampler[tuple[int, int]]):
     def _total(self) -> int:
         together = self.batch_size * self.num_replicas
         return self.size // together * together if self.shuffle else self.size
+
+
+def chunk_order(sizes: Sequence[int], *, seed: int, epoch: int, window: int, lanes: int) -> NDArray[np.int64]:
+    """A permutation drawn from (seed, epoch) that reads few chunks at a time.
+
+    Chunks are shuffled, laid end to end and cut into `lanes` equal parts, samples are shuffled within runs of about
+    `window` chunks of a lane, and the lanes take turns: position p is lane p % lanes. Where the number of processes
+    divides `lanes`, processes therefore read different chunks, but for the one that a cut goes through, and the order
+    is the same for any number. Shapes: sizes (C,) samples of each chunk; returns (N,), their sum.
+    """
+    generator = np.random.default_rng([seed, epoch])
+    ends = np.cumsum(sizes)
+    chunks = [np.arange(ends[chunk] - sizes[chunk], ends[chunk]) for chunk in generator.permutation(len(sizes))]
+    sequence = np.concatenate([np.empty(0, np.int64), *chunks])
+    length = len(sequence) // lanes
+    parts = sequence[: length * lanes].reshape(lanes, length)
+    run = max(1, round(window * len(sequence) / max(1, len(sizes))))
+    for start in range(0, length, run):
+        parts[:, start : start + run] = generator.permuted(parts[:, start : start + run], axis=1)
+    return np.concatenate([parts.T.reshape(-1), generator.permutation(sequence[length * lanes :])])
 
 
 def too_large_a_batch(batch_size: int, num_replicas: int, size: int) -> str:

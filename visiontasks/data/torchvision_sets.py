@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import gzip
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from visiontasks.data.sampling import held_out
 from visiontasks.data.source import Arrays, Source, Subset
 
 _IDX_UINT8 = 0x08  # type byte of the idx format
+_MOST_IDX = 2**30  # bytes; EMNIST, the largest, has 0.6 times as many
 _IDX_NAMES = {"train": "train", "test": "t10k"}
 
 
@@ -162,9 +164,12 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
     Raises UsageError where the file is of another format, or shorter or longer than its header says.
     """
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            data = file.read(_MOST_IDX + 1)
+    except (OSError, EOFError, zlib.error) as error:
         raise UsageError(f"{path} cannot be read ({error}): fetch it again") from error
+    if len(data) > _MOST_IDX:
+        raise UsageError(f"{path} holds more than {_MOST_IDX:,} bytes, far more than any such set: fetch it again")
     if len(data) < 4 or data[:3] != bytes([0, 0, _IDX_UINT8]):
         raise UsageError(f"{path} is no idx file of bytes; it begins with {data[:4]!r}: fetch it again")
     start = 4 + 4 * data[3]

@@ -1,8 +1,9 @@
 """Sums and rows over processes, which are the identity where there is one process."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from datetime import timedelta
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -55,6 +56,33 @@ def collected(value: T) -> list[T]:
     return parts
 
 
+def announced(name: str, number: int | None = None) -> int | None:
+    """The number that the first process to do so has announced under a name; no process waits for another one."""
+    store = dist.distributed_c10d._get_default_store()
+    if number is not None:
+        return int(store.compare_set(name, "", str(number)))
+    return int(store.get(name)) if store.check([name]) else None
+
+
+def wait_at_most(seconds: float) -> None:
+    """Has this process fail where it waits longer than that for another one."""
+    if world_size() == 1:
+        return
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # torch < 2.14
+    for group in {dist.group.WORLD, _between_cpus(dist.group.WORLD)}:
+        set_timeout(timedelta(seconds=seconds), group)
+def in_order(parts: list[tuple[Tensor, ...]], device: torch.device) -> list[Tensor]:
+    """The columns of the rows of all processes, sorted by the second column, the images' positions.
+
+    Processes may have unequally many rows, or none; a position's own rows stay in their order.
+    """
+    columns = [torch.cat(column).cpu() for column in zip(*parts, strict=True)]
+    everyone = [part for part in collected(columns) if part]
+    whole = [torch.cat(column) for column in zip(*everyone, strict=True)]
+    order = whole[1].argsort(stable=True)
+    return [column[order].to(device) for column in whole]
+
+
 @lru_cache(maxsize=1)
 def _between_cpus(world: Any) -> Any:
     """The group of all processes, on gloo; made once for each world, by all of its processes together."""
@@ -67,6 +95,14 @@ def sum_over_processes(values: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(values)
     return values
+
+
+def share_first(tensors: Iterable[Tensor]) -> None:
+    """Gives every process, in place, what the first one has."""
+    if world_size() == 1:
+        return
+    for tensor in tensors:
+        dist.broadcast(tensor, src=0, group=_between_cpus(dist.group.WORLD) if tensor.device.type == "cpu" else None)
 
 
 def mean_over_processes(total: Tensor, count: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from lightning import LightningModule
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
@@ -15,10 +16,13 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from visiontasks.contracts import Backbone, Batch, UsageError
-from visiontasks.layers.distributed import mean_over_processes, sum_over_processes
+from visiontasks.layers.distributed import collected, mean_over_processes, rank, sum_over_processes, world_size
+from visiontasks.layers.finite import poisoned
+from visiontasks.layers.sharding import shard
 from visiontasks.tasks.metrics import Metrics, weighted_sum
 from visiontasks.tasks.optimisation import MakeOptimizer, MakeSchedule, Pace, at_rates, cosine, parameter_groups
 
+CONSTANT = ("pixel_scale", "pixel_shift", "class_weights")  # buffers that are the same in every process
 LUMINANCE = (0.299, 0.587, 0.114)  # of red, green and blue, ITU-R BT.601
 Prediction = dict[str, Any]  # of one image, in plain numbers, strings and lists, so that it is a line of JSON
 
@@ -36,6 +40,7 @@ class Task(LightningModule):
     metrics: Metrics
     loss_weights: dict[str, float]  # by the losses' names
     sees_all: ClassVar[bool] = False  # its batch norms want statistics over all processes
+    shards: ClassVar[bool] = True  # its parts use their parameters within their forward alone, as sharding wants it
     steps_itself: ClassVar[bool] = False  # it has several optimisers, and accumulates and clips gradients itself
     panels: ClassVar[int] = 1  # pictures side by side that `draw` makes of one image
     unit: ClassVar[str] = "images"  # what the confusion matrix counts
@@ -61,15 +66,18 @@ class Task(LightningModule):
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.lr: float | None = None  # the learning-rate finder's place to write; None leaves the optimiser's own
         self.pace: dict[str, Pace] = {}  # of parameters by name; the others learn from the start at the full rate
+        self.step_skipped = False  # the optimiser's last step was left out: its gradients were not finite
         self.config: dict[str, Any] = {}  # the composed config as plain containers, where there is one
         self.tables: dict[str, Tensor] = {}  # of the last evaluation, such as a confusion matrix, for the pictures
         self._running: dict[str, Tensor] = {}
         self._unflushed = 0
+        self._seed: int | None = None  # of what training draws; torch's own, as it is when a run starts
         mean, std = torch.tensor(backbone.mean), torch.tensor(backbone.std)
         self.pixel_scale: Tensor
         self.pixel_shift: Tensor
         self.register_buffer("pixel_scale", (1 / (255 * std)).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("pixel_shift", (-mean / std).view(1, -1, 1, 1), persistent=False)
+        self._ddp_params_and_buffers_to_ignore = list(CONSTANT)  # else DDP would send them in every step
 
     @classmethod
     def required(cls, head: type) -> frozenset[str]:  # noqa: ARG003
@@ -90,6 +98,11 @@ class Task(LightningModule):
             return (pixels * pixels.new_tensor(LUMINANCE).view(1, 3, 1, 1)).sum(dim=1, keepdim=True)
         raise UsageError(f"The images have {found} channels and the backbone takes {wanted}: type in_channels={found}.")
 
+    def configure_model(self) -> None:
+        """Shards the parts over all processes where trainer=fsdp."""
+        if self.device_mesh is not None:
+            shard(self, self.device_mesh["data_parallel"])
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         rate = self.learning_rate()
         chosen = {} if rate is None else {"lr": rate}
@@ -97,9 +110,27 @@ class Task(LightningModule):
         schedule: Any = self.scheduler(optimizer, total_steps=int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Backpropagates; a loss that is not finite makes every gradient so, on all processes."""
+        super().backward(loss, *args, gradient=poisoned(loss), **kwargs)
+
     def learning_rate(self) -> float | None:
         """What stands in the place of the optimiser's own learning rate; None: nothing."""
         return self.lr
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
+        """Makes what the step draws, such as dropout, a function of (seed, epoch, batch, process) and nothing else."""
+        if self._seed is None:
+            self._seed = torch.initial_seed()
+        numbers = [self._seed, self.current_epoch, batch_idx, self.global_rank]
+        torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1)
+
+    def resumable(self, batches: int) -> bool:
+        """Whether after so many batches of an epoch nothing is under way that a checkpoint would not hold.
+
+        What is accumulated of gradients is; a task that accumulates by itself says here when it does not.
+        """
+        return batches % self.trainer.accumulate_grad_batches == 0
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -155,7 +186,7 @@ class Task(LightningModule):
         """Adds to the running mean of a training figure, which is logged every trainer.log_every_n_steps batches."""
         pair = torch.stack((total.detach().float(), count.detach().float()))  # (2,)
         known = self._running.get(name)
-        self._running[name] = pair if known is None else known.add_(pair)
+        self._running[name] = pair if known is None else known.to(pair.device).add_(pair)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
         self._unflushed += 1
@@ -186,6 +217,20 @@ class Task(LightningModule):
         checkpoint["classes"] = list(self.classes)
         checkpoint["config"] = self.config
         checkpoint["visiontasks_version"] = version("visiontasks")
+        running = {name: pair.cpu() for name, pair in self._running.items()}
+        checkpoint["running"] = {"means": collected(running), "batches": self._unflushed, "seed": self._seed}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Goes on with the running means, this process with its own where there are as many processes as before."""
+        stored = checkpoint.get("running")
+        if stored is None:
+            return
+        self._seed, self._unflushed = stored["seed"], stored["batches"]
+        parts: list[dict[str, Tensor]] = stored["means"]
+        if len(parts) == world_size():
+            self._running = parts[rank()]
+        else:
+            self._running = {name: torch.stack([part[name] for part in parts]).mean(dim=0) for name in parts[0]}
 
     def predictions(self, raw: Any) -> list[Prediction]:
         """One plain dictionary an image of what raw predictions say."""
@@ -195,8 +240,11 @@ class Task(LightningModule):
         """The annotations of a batch in the words of `predictions`."""
         raise NotImplementedError
 
-    def errors(self, raw: Any, batch: Batch) -> Tensor:
-        """How wrong each image's prediction is, (B,): 0 where it is right, the more the worse."""
+    def errors(self, raw: Any, batch: Batch) -> dict[str, Tensor]:
+        """How wrong each image's prediction is in each respect, (B,): 0 where it is right, the more the worse.
+
+        The worst of each are drawn, in a file of that name.
+        """
         raise NotImplementedError
 
     def draw(self, axes: Axes, image: Tensor, prediction: Prediction, truth: Prediction | None) -> None:

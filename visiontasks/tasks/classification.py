@@ -121,14 +121,14 @@ class Classification(Task):
     def _names(self, present: list[float]) -> str:
         return ", ".join(name for name, here in zip(self.classes, present, strict=True) if here) or "none"
 
-    def errors(self, raw: Tensor, batch: Batch) -> Tensor:
+    def errors(self, raw: Tensor, batch: Batch) -> dict[str, Tensor]:
         """The probability given to what is not true: of the wrong class chosen, or of the most wrong label."""
         probabilities, labels = self.probabilities(raw), batch["label"]  # (B, K), (B,) or (B, K)
         if self.multi_label:
             wrong: Tensor = (probabilities - labels).abs().amax(dim=1)  # (B,)
-            return wrong.where(wrong > 0.5, 0)
+            return {"mistakes": wrong.where(wrong > 0.5, 0)}
         score, chosen = probabilities.max(dim=1)
-        return score.where(chosen != labels, 0)  # (B,)
+        return {"mistakes": score.where(chosen != labels, 0)}  # (B,)
 
     def draw(self, axes: Axes, image: Tensor, prediction: Prediction, truth: Prediction | None) -> None:
         axes.imshow(image.permute(1, 2, 0).numpy())
@@ -199,6 +199,15 @@ class MultiLabelMetrics(_LabelMetrics):
                 "map": MultilabelAveragePrecision(classes, average="macro"),
             }
         )
+        self.classes = classes
+
+    def compute(self) -> tuple[Figures, Figures]:
+        """Figures by name, and no tables."""
+        ranked: Any = self.metrics["map"]
+        if not ranked.preds:  # of a process without an image; torchmetrics would send a vector in place of rows
+            rows = torch.zeros(0, self.classes, device=ranked.device)
+            ranked.preds, ranked.target = [rows], [rows.long()]
+        return super().compute()
 
 
 def _mix(mixup: float, cutmix: float, classes: int) -> nn.Module | None:

@@ -92,6 +92,7 @@ class Detection(Task):
         checkpoint["category_ids"] = list(self.category_ids)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         self.category_ids = tuple(checkpoint["category_ids"])
 
     def forward(self, images: Tensor) -> Any:
@@ -197,11 +198,12 @@ class Detection(Task):
             plain |= {"scale": float(objects["scale"]), "size": objects["size"].tolist()}
         return plain
 
-    def errors(self, raw: list[Found], batch: Batch) -> Tensor:
-        """Objects of each image that were missed, and detections that are none or of another class, (B,)."""
+    def errors(self, raw: list[Found], batch: Batch) -> dict[str, Tensor]:
+        """Objects of each image that were missed, and detections that are none or of another class."""
         pairs = zip(raw, self._truth(batch), strict=True)
-        faults = (torch.cat(mistakes(surer(found, self.shown), truth)) for found, truth in pairs)
-        return torch.stack([fault.sum() for fault in faults]).float()
+        faults = [mistakes(surer(found, self.shown), truth) for found, truth in pairs]
+        counts = torch.tensor([[missed.sum(), wrong.sum()] for missed, wrong in faults]).float()  # (B, 2)
+        return {"misses": counts[:, 0], "false_alarms": counts[:, 1]}
 
     def save(self, prediction: Prediction, folder: Path, stem: str) -> Prediction:
         """Returns the line, boxes in the file's own pixels; masks go to masks/STEM.npz, (N, H, W) as bits."""

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torchmetrics import Metric
 
 from visiontasks.contracts import Backbone, Batch, UsageError
 from visiontasks.heads.generation.gan import MakeGAN
@@ -28,7 +26,9 @@ from visiontasks.layers.distributed import average_over_processes, mean_over_pro
 from visiontasks.layers.spectral import SpectralNorm
 from visiontasks.losses.adversarial import OBJECTIVES, Term, gradient_penalty, r1
 from visiontasks.tasks.base import Prediction, Task
-from visiontasks.tasks.metrics import Figures, Metrics, stacked
+from visiontasks.tasks.extractors import MakeExtractor, RandomFeatures
+from visiontasks.tasks.generation_metrics import SampleQuality
+from visiontasks.tasks.metrics import stacked
 from visiontasks.tasks.optimisation import at_rates, parameter_groups
 
 _EVALUATION = -1  # the epoch to which the draws of an evaluation belong
@@ -53,6 +53,8 @@ class Generation(Task):
             2017, arXiv 1710.10196; Tensorflow's ramp (1 + t) / (10 + t)).
         accumulate_grad_batches, gradient_clip_val: as of lightning.Trainer, which leaves both to a task with two
             optimisers.
+        extractor, measured, neighbours: in what features, of how many images and with what neighbourhoods samples are
+            compared with real images, see SampleQuality.
         seed: keys what is drawn.
     """
 
@@ -60,6 +62,7 @@ class Generation(Task):
     wants: frozenset[str] = frozenset({"label"})
     sees_all: ClassVar[bool] = True
     steps_itself: ClassVar[bool] = True
+    metrics: SampleQuality
 
     def __init__(
         self,
@@ -72,9 +75,12 @@ class Generation(Task):
         ema: float = 0.999,
         accumulate_grad_batches: int = 1,
         gradient_clip_val: float | None = None,
+        extractor: MakeExtractor = RandomFeatures,
+        measured: int = 2048,
+        neighbours: int = 5,
         seed: int = 0,
-        monitor: str = "val/diversity",
-        mode: str = "max",
+        monitor: str = "val/fid",
+        mode: str = "min",
         **shared: Any,
     ) -> None:
         super().__init__(backbone=backbone, classes=classes, monitor=monitor, mode=mode, **shared)
@@ -94,7 +100,7 @@ class Generation(Task):
         self.accumulate_grad_batches = accumulate_grad_batches
         self.gradient_clip_val = gradient_clip_val
         self.seed = seed
-        self.metrics = Diversity()
+        self.metrics = SampleQuality(extractor, samples=measured, neighbours=neighbours)
         self.left_out = 0  # steps that were not finite
         self._waiting: list[Drawn] = []  # of the batches since the last step
         self._losses: list[Tensor] = []
@@ -201,7 +207,9 @@ class Generation(Task):
             return None
         labels: Tensor = batch["label"]
         if labels.ndim > 1:
-            raise UsageError("A conditional generator takes one class an image and these have several: type head=sngan.")
+            raise UsageError(
+                "A conditional generator takes one class an image and these have several: type head=sngan."
+            )
         return labels
 
     def critic_loss(self, real: Tensor, drawn: "Drawn") -> Tensor:
@@ -234,9 +242,7 @@ class Generation(Task):
     def generator_loss(self, drawn: "Drawn") -> Tensor:
         torch.clear_autocast_cache()  # what was cast before the critic's step is stale
         fake = self.head.generator(drawn.generator_latents, drawn.labels).float()
-        of_fake = self._scores(
-            fake, numbers=drawn.generator_numbers, labels=drawn.labels, weights=self._weights()
-        )
+        of_fake = self._scores(fake, numbers=drawn.generator_numbers, labels=drawn.labels, weights=self._weights())
         term = self.objective.generator(of_fake)
         self.watch("generator_loss", *term)
         return self._mean([term], [1.0])
@@ -299,10 +305,12 @@ class Generation(Task):
 
     def evaluation_step(self, batch: Batch) -> Tensor:
         """The critic's scores of each image, (B,); the metrics see as many pictures of the same classes."""
-        labels = self._labels(batch)
-        keys = image_keys(batch["index"], seed=self.seed, epoch=_EVALUATION)
-        fake = self.sample(normal(draws(keys, self.head.latent_dim)), labels)
-        self.metrics.update(batch["image"], fake, batch["index"])
+        labels, rows = self._labels(batch), self.metrics.wanted(batch["index"])
+        if len(rows):
+            index = batch["index"][rows]
+            keys = image_keys(index, seed=self.seed, epoch=_EVALUATION)
+            fake = self.sample(normal(draws(keys, self.head.latent_dim)), None if labels is None else labels[rows])
+            self.metrics.update(batch["image"][rows], fake, index)
         return self(self.images(batch), labels).float()  # type: ignore[no-any-return]
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002
@@ -345,8 +353,10 @@ class Generation(Task):
         if not isinstance(self.trainer.strategy, DDPStrategy | SingleDeviceStrategy):
             name = type(self.trainer.strategy).__name__
             raise UsageError(f"Generation cannot train under {name}: type trainer.strategy=ddp or auto.")
+        self.metrics.prepare()
         if self.trainer.is_global_zero:
-            print("".join(f"{line}\n" for line in self.notes()), end="", flush=True)
+            lines = [*self.notes(), *self.metrics.notes()]
+            print("".join(f"{line}\n" for line in lines), end="", flush=True)
 
     def notes(self) -> list[str]:
         """Lines for the person who starts the run."""
@@ -354,7 +364,9 @@ class Generation(Task):
         if not (normed and self.judges_alone):
             return []
         why = "a gradient penalty" if self.head.penalised else "head.batch_norms=false"
-        return [f"norms      the critic's batch norms keep their statistics, as {why} wants each image judged by itself"]
+        return [
+            f"norms      the critic's batch norms keep their statistics, as {why} wants each image judged by itself"
+        ]
 
     @property
     def judges_alone(self) -> bool:
@@ -409,49 +421,6 @@ class Drawn(NamedTuple):
     generator_numbers: Tensor
     mix: Tensor  # (B,)
     labels: Tensor | None
-
-
-class Diversity(Metrics):
-    """How much pictures vary among each other, over how much the data do: 1 is alike, 0 is always the same picture."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.spread = Spread()
-
-    def update(self, real: Tensor, fake: Tensor, index: Tensor) -> None:  # noqa: ARG002
-        """Adds images of the data and as many generated ones, uint8 (B, 3, H, W) both, with their places (B,)."""
-        self.spread.update(real, fake)
-
-    def compute(self) -> tuple[Figures, Figures]:
-        """diversity, and no tables."""
-        return {"diversity": self.spread.compute()}, {}
-
-
-class Spread(Metric):
-    """The standard deviation of generated images over that of real ones, of pixels at a size of SIDE."""
-
-    full_state_update = False
-    SIDE = 8
-    sums: Tensor  # (2, 2, 3 * SIDE * SIDE): real and generated, first and second powers
-    counts: Tensor  # (2,)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("sums", torch.zeros(2, 2, 3 * self.SIDE**2, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("counts", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, *kinds: Tensor) -> None:
-        """Adds real and generated images, uint8 (B, 3, H, W) both."""
-        for at, images in enumerate(kinds):
-            rows = F.adaptive_avg_pool2d(images.float(), self.SIDE).flatten(1).double() / 255
-            self.sums[at] += torch.stack((rows.sum(dim=0), rows.square().sum(dim=0)))
-            self.counts[at] += len(rows)
-
-    def compute(self) -> Tensor:
-        """0 where there are no images."""
-        first, second = (self.sums / self.counts.clamp(min=1).view(2, 1, 1)).unbind(1)  # (2, D)
-        real, fake = (second - first.square()).clamp(min=0).sum(dim=1).sqrt()
-        return fake / real.clamp(min=1e-12)
 
 
 @contextmanager

@@ -47,6 +47,7 @@ class Pretraining(Task):
     needs: frozenset[str] = frozenset()
     wants: frozenset[str] = frozenset({"label"})
     sees_all: ClassVar[bool] = True
+    shards: ClassVar[bool] = False  # teachers and prototypes are used outside a forward
     panels: ClassVar[int] = 3  # of most methods: the image and two views
     metrics: "Gauges"
 
@@ -178,10 +179,11 @@ class Pretraining(Task):
         optimizer: Optimizer | LightningOptimizer,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
-        """Takes a step; then the teacher follows."""
+        """Takes a step; then, unless it was left out, the teacher follows."""
         progress = self._progress()
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self.after_step(progress)
+        if not self.step_skipped:
+            self.after_step(progress)
 
     def after_step(self, progress: float) -> None:
         """Lets the method and its teacher follow a step of the optimiser, before which so much was behind."""
@@ -208,9 +210,9 @@ class Pretraining(Task):
         views = [list(same) for same in zip(*(view.cpu() for view in batch["views"]), strict=True)]
         return [{"views": each, "index": index} for each, index in zip(views, batch["index"].tolist(), strict=True)]
 
-    def errors(self, raw: Tensor, batch: Batch) -> Tensor:  # noqa: ARG002
-        """Zeros: no embedding is wrong by itself."""
-        return raw.new_zeros(len(raw))
+    def errors(self, raw: Tensor, batch: Batch) -> dict[str, Tensor]:  # noqa: ARG002
+        """None: no embedding is wrong by itself."""
+        return {}
 
     def draw(self, axes: Axes, image: Tensor, prediction: Prediction, truth: Prediction | None) -> None:  # noqa: ARG002
         """Draws the image and, to its right, the views of it, or where the method shows more, what it answers."""

@@ -155,10 +155,11 @@ class Segmentation(Task):
     def truths(self, batch: Batch) -> list[Prediction]:
         return [{"mask": mask.cpu().numpy()} for mask in batch["mask"]]
 
-    def errors(self, raw: list[Tensor], batch: Batch) -> Tensor:
+    def errors(self, raw: list[Tensor], batch: Batch) -> dict[str, Tensor]:
         """One minus each image's mean IoU over the classes that occur in it."""
         pairs = zip(raw, batch["mask"], strict=True)
-        return torch.cat([1 - image_iou(mask[None], truth[None], len(self.classes)) for mask, truth in pairs])
+        iou = torch.cat([image_iou(mask[None], truth[None], len(self.classes)) for mask, truth in pairs])  # (B,)
+        return {"mistakes": 1 - iou}
 
     def save(self, prediction: Prediction, folder: Path, stem: str) -> Prediction:
         """Writes the mask as a PNG of class indices with a palette, masks/STEM.png, and names it in the line."""

@@ -92,6 +92,7 @@ class FasterRCNN(nn.Module):
     """
 
     serves: ClassVar[str] = "detection"
+    shards: ClassVar[bool] = False  # its second stage is used outside its forward
     losses: ClassVar[tuple[str, ...]] = ("objectness", "proposals", "classification", "boxes")
     object_share: ClassVar[tuple[float, float]] = (0.5, 0.25)  # of the anchors and of the regions learnt
 
