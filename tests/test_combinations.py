@@ -44,7 +44,7 @@ SMALL = {
     "swav": ["head.hidden=64"],
     "dino": ["head.hidden=64", "head.outputs=64"],
     "jigsaw": ["head.permutations=9", "head.hidden=64"],
-    **dict.fromkeys(HEADS["generation"], ["head.generator.width=8", "data.image_size=64"]),
+    **{head: ["head.generator.width=8", "data.image_size=64"] for head in HEADS["generation"]},
 }
 
 

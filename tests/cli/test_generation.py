@@ -34,7 +34,12 @@ TINY = (
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny run of a conditional GAN with spectral norms, trained through the entry point."""
     folder = tmp_path_factory.mktemp("runs") / "generation"
-    words = ["head=cgan", "trainer.accumulate_grad_batches=2", "trainer.gradient_clip_val=10", f"hydra.run.dir={folder}"]
+    words = [
+        "head=cgan",
+        "trainer.accumulate_grad_batches=2",
+        "trainer.gradient_clip_val=10",
+        f"hydra.run.dir={folder}",
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["train.py", *TINY, *words])
         train.main()
@@ -75,7 +80,9 @@ def test_a_spectrally_normalised_critic_starts_a_classifier(
 
 def test_a_classifier_starts_a_critic(finished_run: Path, call: Callable[..., None], tmp_path: Path) -> None:
     words = [word for word in TINY if word != "backbone.depth=8"]
-    call("train", *words, f"init_from={finished_run}", "transfer=last_stages", f"hydra.run.dir={tmp_path}", "test=false")
+    call(
+        "train", *words, f"init_from={finished_run}", "transfer=last_stages", f"hydra.run.dir={tmp_path}", "test=false"
+    )
     source = torch.load(finished_run / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
     task = load_task(tmp_path / "checkpoints" / "last.ckpt")
     weights = dict(task.backbone.named_parameters())
@@ -87,7 +94,9 @@ def test_a_classifier_starts_a_critic(finished_run: Path, call: Callable[..., No
 def test_generate_writes_pictures_of_each_class_and_a_grid(
     run: Path, call: Callable[..., None], tmp_path: Path
 ) -> None:
-    call("generate", f"run={run}", "n=7", "classes=[3,1]", f"output={tmp_path / 'a'}", "accelerator=cpu", "batch_size=2")
+    call(
+        "generate", f"run={run}", "n=7", "classes=[3,1]", f"output={tmp_path / 'a'}", "accelerator=cpu", "batch_size=2"
+    )
     files = sorted(path.relative_to(tmp_path / "a").as_posix() for path in (tmp_path / "a").rglob("*.png"))
     assert files == [*(f"1/{k:05d}.png" for k in (1, 3, 5)), *(f"3/{k:05d}.png" for k in (0, 2, 4, 6)), "grid.png"]
     assert Image.open(tmp_path / "a" / "grid.png").size == (4 * 18 + 2, 2 * 18 + 2)

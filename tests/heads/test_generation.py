@@ -39,7 +39,7 @@ def test_the_first_map_is_small_and_doubled() -> None:
 
 @pytest.mark.parametrize("size", [(30, 30), (8, 8), (32, 33), (40, 36)])
 def test_a_size_that_cannot_be_doubled_to_is_refused(size: tuple[int, int]) -> None:
-    with pytest.raises(UsageError, match="type data.image_size=32, 64 or 128"):
+    with pytest.raises(UsageError, match=r"type data\.image_size=32, 64 or 128"):
         first_map(size)
 
 

@@ -37,7 +37,9 @@ def game(name: str = "non_saturating", *, residual: bool = False, **options: Any
     return partial(heads.ConditionalGAN if conditional else heads.GAN, generator=generator, **chosen)
 
 
-def made(name: str = "non_saturating", *, seed: int = 0, task: dict[str, Any] | None = None, **options: Any) -> Generation:
+def made(
+    name: str = "non_saturating", *, seed: int = 0, task: dict[str, Any] | None = None, **options: Any
+) -> Generation:
     torch.manual_seed(seed)
     sgd = partial(SGD, lr=0.05, momentum=0.5)
     settings: dict[str, Any] = {"optimizer": sgd, "scheduler": constant} | (task or {})

@@ -32,8 +32,10 @@ def games(name: str) -> Any:
     """The losses of the critic and of the generator, written out."""
     return {
         "non_saturating": (
-            lambda r, f: F.binary_cross_entropy_with_logits(r, torch.ones_like(r))
-            + F.binary_cross_entropy_with_logits(f, torch.zeros_like(f)),
+            lambda r, f: (
+                F.binary_cross_entropy_with_logits(r, torch.ones_like(r))
+                + F.binary_cross_entropy_with_logits(f, torch.zeros_like(f))
+            ),
             lambda f: F.binary_cross_entropy_with_logits(f, torch.ones_like(f)),
         ),
         "least_squares": (
@@ -66,7 +68,9 @@ def bare(task: Generation, batches: list[Batch]) -> tuple[nn.Module, nn.Module, 
 
     def scores(pictures: Tensor, numbers: Tensor, labels: Tensor | None) -> Tensor:
         seen = diffaugment(pictures, numbers, head.diffaugment)
-        normalised = own.images({"image": (seen + 1) * 127.5})  # where a hole's zero lies decides what a ReLU lets through
+        normalised = own.images(
+            {"image": (seen + 1) * 127.5}
+        )  # where a hole's zero lies decides what a ReLU lets through
         return end(backbone(normalised), labels)  # type: ignore[no-any-return]
 
     for batch in batches:
@@ -77,13 +81,17 @@ def bare(task: Generation, batches: list[Batch]) -> tuple[nn.Module, nn.Module, 
             of_real = scores(real, drawn.real_numbers, drawn.labels)
             loss = critic_loss(of_real, scores(fake, drawn.fake_numbers, drawn.labels))
             if head.gradient_penalty:
-                between = (drawn.mix[:, None, None, None] * real + (1 - drawn.mix[:, None, None, None]) * fake).requires_grad_()
+                between = (
+                    drawn.mix[:, None, None, None] * real + (1 - drawn.mix[:, None, None, None]) * fake
+                ).requires_grad_()
                 total = scores(between, drawn.fake_numbers, drawn.labels).sum()
                 (slope,) = torch.autograd.grad(total, between, create_graph=True)
                 loss = loss + head.gradient_penalty * ((slope.flatten(1).norm(dim=1) - 1) ** 2).mean()
             if head.r1:
                 at = real.clone().requires_grad_()
-                (slope,) = torch.autograd.grad(scores(at, drawn.real_numbers, drawn.labels).sum(), at, create_graph=True)
+                (slope,) = torch.autograd.grad(
+                    scores(at, drawn.real_numbers, drawn.labels).sum(), at, create_graph=True
+                )
                 loss = loss + head.r1 / 2 * slope.flatten(1).square().sum(dim=1).mean()
         critic_optimizer.zero_grad()
         loss.backward()
@@ -112,7 +120,9 @@ def test_steps_are_those_of_a_bare_loop(name: str) -> None:
     expected = bare(task, batches)
     fit(task, batches)
     own = (task.backbone, task.head.critic, task.head.generator)
-    for found, wanted, start in zip(own, expected, (before.backbone, before.head.critic, before.head.generator), strict=True):
+    for found, wanted, start in zip(
+        own, expected, (before.backbone, before.head.critic, before.head.generator), strict=True
+    ):
         assert distance(found, wanted) < 1e-6
         assert distance(found, start) > 1e-3
 
@@ -151,7 +161,7 @@ def test_accumulation_takes_the_step_of_the_larger_batch() -> None:
         for layer in task.head.generator.modules():
             if isinstance(layer, nn.BatchNorm2d):
                 layer.momentum = 0.0
-                layer.train = lambda mode=True, layer=layer: layer  # type: ignore[method-assign, assignment, misc]
+                layer.train = lambda *_, layer=layer: layer  # type: ignore[method-assign, assignment, misc]
                 layer.training = False  # else parts see other statistics
     fit(whole, images(16, batch_size=16))
     fit(parts, images(16, batch_size=4))
@@ -258,7 +268,9 @@ def test_a_stored_backbone_computes_what_the_normalised_one_did_and_comes_back()
     assert torch.allclose(plain(pictures)[-1], wanted[-1], atol=1e-6)
     again = made("hinge", seed=1)
     again.load_state_dict(state)
-    assert torch.equal(nn.utils.parameters_to_vector(again.parameters()), nn.utils.parameters_to_vector(task.parameters()))
+    assert torch.equal(
+        nn.utils.parameters_to_vector(again.parameters()), nn.utils.parameters_to_vector(task.parameters())
+    )
     assert torch.equal(moved(again), moved(task))
 
 
@@ -279,7 +291,7 @@ def test_what_cannot_train_is_refused() -> None:
         fit(made(), images(), accumulate_grad_batches=2)
     batch = images()[0] | {"label": torch.zeros(8, 3)}
     scaled = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
-    with pytest.raises(UsageError, match="not 16-mixed: type trainer.precision=32"):
+    with pytest.raises(UsageError, match=r"not 16-mixed: type trainer\.precision=32"):
         fit(made(), images(8), plugins=[scaled])
     with pytest.raises(UsageError, match="these have several"):
         made("conditional").draw_for(batch)

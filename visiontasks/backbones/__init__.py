@@ -1,4 +1,4 @@
-"""Images to pyramids: adapters over torchvision and timm, and what neither has: the CIFAR residual network, DCGAN's discriminator."""
+"""Images to pyramids: adapters over torchvision and timm, and what neither has, such as the CIFAR residual network."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

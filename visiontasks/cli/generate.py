@@ -19,7 +19,7 @@ USAGE = """
 python generate.py run=PATH [n=64] [seed=0] [output=FOLDER] [key=value ...]
 
   python generate.py run=runs/generation/2026-11-21_10-00-00 n=64 seed=0
-  python generate.py run=runs/... n=100 classes=[3,7] truncation=0.7      pictures of two classes, where the head knows them
+  python generate.py run=runs/... n=100 classes=[3,7] truncation=0.7    pictures of two classes, of a conditional head
 """
 
 
@@ -28,7 +28,7 @@ def main() -> None:
 
 
 def generate(composed: "DictConfig") -> None:
-    """Writes n pictures and grid.png; the same for the same seed. With classes, each in a folder and a row of its own."""
+    """Writes n pictures and grid.png; the same for the same seed. Each class has a folder and a row of its own."""
     from lightning import Fabric
 
     from visiontasks.cli.build import load_task, plain
@@ -60,9 +60,9 @@ def made(task: "Generation", names: list[str], config: "Config") -> "Tensor":
     count, size = int(config["n"]), int(config["batch_size"])
     if count < 1 or size < 1:
         raise UsageError(f"n={count} batch_size={size} makes no picture: give 1 or more of both.")
-    latents = task.latents(count, seed=config["seed"]).split(size)
+    latents = torch.split(task.latents(count, seed=config["seed"]), size)
     turns = torch.tensor([task.classes.index(name) for name in names], device=task.device).repeat(count)[:count]
-    labels = turns.split(size) if names else [None] * len(latents)
+    labels = torch.split(turns, size) if names else [None] * len(latents)
     parts = zip(latents, labels, strict=True)
     return torch.cat([task.sample(*part, truncation=config["truncation"]).cpu() for part in parts])
 

@@ -71,6 +71,8 @@ def wait_at_most(seconds: float) -> None:
     set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # torch < 2.14
     for group in {dist.group.WORLD, _between_cpus(dist.group.WORLD)}:
         set_timeout(timedelta(seconds=seconds), group)
+
+
 def in_order(parts: list[tuple[Tensor, ...]], device: torch.device) -> list[Tensor]:
     """The columns of the rows of all processes, sorted by the second column, the images' positions.
 
@@ -121,7 +123,7 @@ def average_over_processes(values: list[Tensor], number: Tensor) -> list[Tensor]
         everything = [*values, number]
         flat = torch.cat([value.flatten() for value in everything])  # of one type
         dist.all_reduce(flat)
-        parts = (flat / world_size()).split([value.numel() for value in everything])
+        parts = torch.split(flat / world_size(), [value.numel() for value in everything])
         torch._foreach_copy_(everything, [part.view_as(value) for part, value in zip(parts, everything, strict=True)])
     return values
 

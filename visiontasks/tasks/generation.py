@@ -105,8 +105,8 @@ class Generation(Task):
         self._waiting: list[Drawn] = []  # of the batches since the last step
         self._losses: list[Tensor] = []
         self._statistics: list[tuple[Tensor, Tensor]] = []  # before the first of them
-        self.register_state_dict_post_hook(_bake)
-        self.register_load_state_dict_pre_hook(_unbake)
+        self.register_state_dict_post_hook(_bake)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_unbake)  # type: ignore[no-untyped-call]
         self.train()
 
     @property
@@ -167,40 +167,46 @@ class Generation(Task):
         seen = augment.diffaugment(rgb(pictures), numbers, self.head.diffaugment)
         return self._judged(self.images({"image": (seen + 1) * 127.5}), labels, weights)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002
+        """Learns from a batch; returns what of the losses is new, without gradients."""
         critic, generator = cast(list[LightningOptimizer], self.optimizers())
         if not self._waiting:
             self._statistics = _statistics(self.backbone, self.head)
         drawn = self.draw_for(batch)
         self._waiting.append(drawn)
-        self._learn(self.critic_loss(batch["image"].float() / 127.5 - 1, drawn))
+        loss = self._learn(self.critic_loss(batch["image"].float() / 127.5 - 1, drawn))
         if len(self._waiting) < self.accumulate_grad_batches and not self.trainer.is_last_batch:
-            return
-        right = self._average("critic", critic)
+            return loss
+        self.step_skipped = not self._average("critic", critic)
         critic.step()  # the one that Lightning counts; without gradients it changes nothing
         critic.optimizer.zero_grad()
         self._schedule(0)
-        if right and self.global_step % self.head.critic_steps == 0:
-            self._teach(generator)
+        if not self.step_skipped and self.global_step % self.head.critic_steps == 0:
+            loss = loss + self._teach(generator)
         self._waiting.clear()
+        return loss
 
-    def _teach(self, optimizer: LightningOptimizer) -> None:
+    def _teach(self, optimizer: LightningOptimizer) -> Tensor:
         """Takes a step of the generator, on the noise of the batches since the last step, and averages it."""
         with held((*self.backbone.parameters(), *self.head.critic.parameters())):
-            for drawn in self._waiting:
-                self._learn(self.generator_loss(drawn))
-        if self._average("generator", optimizer):
+            loss = torch.stack([self._learn(self.generator_loss(drawn)) for drawn in self._waiting]).sum()
+        self.step_skipped = not self._average("generator", optimizer)
+        if not self.step_skipped:
             optimizer.optimizer.step()
             self._follow()
         optimizer.optimizer.zero_grad()
         self._schedule(1)
+        return loss
+
+    def resumable(self, batches: int) -> bool:  # noqa: ARG002
+        return not self._waiting
 
     def draw_for(self, batch: Batch) -> "Drawn":
         """What is drawn for each image of a batch."""
         keys = image_keys(batch["index"], seed=self.seed, epoch=self.current_epoch)
         sizes = [self.head.latent_dim, self.head.latent_dim, augment.DRAWS, augment.DRAWS, augment.DRAWS, 1]
-        first, second, *numbers, mix = draws(keys, sum(sizes)).split(sizes, dim=1)
-        return Drawn(normal(first), normal(second), *numbers, mix[:, 0], self._labels(batch))
+        first, second, real, fake, made, mix = torch.split(draws(keys, sum(sizes)), sizes, dim=1)
+        return Drawn(normal(first), normal(second), real, fake, made, mix[:, 0], self._labels(batch))
 
     def _labels(self, batch: Batch) -> Tensor | None:
         if not self.conditional:
@@ -236,7 +242,7 @@ class Generation(Task):
             wanted, gamma = self.head.gradient_penalty, self.head.r1
             penalty = gradient_penalty(between, real, fake, drawn.mix) if wanted > 0 else nothing
             terms = [penalty, r1(at_real, real) if gamma > 0 else nothing]
-        self.watch("penalty", sum(term[0] for term in terms), terms[0][1].new_tensor(float(len(real))))
+        self.watch("penalty", torch.stack([total for total, _ in terms]).sum(), real.new_tensor(float(len(real))))
         return terms
 
     def generator_loss(self, drawn: "Drawn") -> Tensor:
@@ -253,10 +259,11 @@ class Generation(Task):
         means = mean_over_processes(pairs[:, 0], pairs[:, 1])
         return (means * means.new_tensor(weights[: len(terms)])).sum() / self.accumulate_grad_batches
 
-    def _learn(self, loss: Tensor) -> None:
+    def _learn(self, loss: Tensor) -> Tensor:
         with torch.autocast(self.device.type, enabled=False):
             loss.backward()  # type: ignore[no-untyped-call]
         self._losses.append(loss.detach())
+        return loss.detach()
 
     @torch.no_grad()
     def _average(self, name: str, optimizer: LightningOptimizer) -> bool:
@@ -386,6 +393,14 @@ class Generation(Task):
                 layer.train(layer.training and not isinstance(layer, _BatchNorm))
         return self
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["left_out"] = self.left_out
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.left_out = checkpoint.get("left_out", 0)
+
     def _evaluated(self, stage: str) -> None:
         super()._evaluated(stage)
         if stage == "val":
@@ -401,9 +416,9 @@ class Generation(Task):
     def truths(self, batch: Batch) -> list[Prediction]:
         return [{} for _ in batch["index"]]
 
-    def errors(self, raw: Tensor, batch: Batch) -> Tensor:  # noqa: ARG002
-        """Zeros: the critic's score is no answer that could be wrong."""
-        return raw.new_zeros(len(raw))
+    def errors(self, raw: Tensor, batch: Batch) -> dict[str, Tensor]:  # noqa: ARG002
+        """None: the critic's score is no answer that could be wrong."""
+        return {}
 
     def draw(self, axes: Axes, image: Tensor, prediction: Prediction, truth: Prediction | None) -> None:  # noqa: ARG002
         """Draws the image with what the critic thinks of it: the higher, the more real."""
@@ -438,7 +453,8 @@ def held(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 def normal(numbers: Tensor) -> Tensor:
     """Normal numbers for even ones, whole multiples of 2 ** -24 from 0 to below 1."""
-    return torch.special.ndtri(numbers.double() + 2.0**-25).float()
+    found: Tensor = torch.special.ndtri(numbers.double() + 2.0**-25)
+    return found.float()
 
 
 def rgb(pictures: Tensor) -> Tensor:
@@ -473,7 +489,7 @@ def _bake(task: Generation, state: dict[str, Any], prefix: str, metadata: Any) -
             state[_raw(prefix, key)], state[key] = state[key], weight.detach().to(state[key].dtype)
 
 
-def _unbake(task: Generation, state: dict[str, Any], prefix: str, *_: Any) -> None:
+def _unbake(task: Generation, state: dict[str, Any], prefix: str, *rest: Any) -> None:  # noqa: ARG001
     """Takes the raw weights back."""
     for place, norm, _ in task.normalised():
         for name in norm.names:

@@ -101,7 +101,8 @@ class Critic(nn.Module):
         scores: Tensor = self.linear(pooled)[:, 0]
         if self.embedding is None or labels is None:
             return scores  # (B,)
-        return scores + (self.embedding(labels) * pooled).sum(dim=1)
+        fitting: Tensor = (self.embedding(labels) * pooled).sum(dim=1)
+        return scores + fitting
 
 
 class MakeGAN(Protocol):

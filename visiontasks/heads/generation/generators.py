@@ -32,7 +32,13 @@ class TransposedGenerator(Generator):
     """
 
     def __init__(
-        self, *, image_size: tuple[int, int], channels: int, num_classes: int = 0, latent_dim: int = 128, width: int = 64
+        self,
+        *,
+        image_size: tuple[int, int],
+        channels: int,
+        num_classes: int = 0,
+        latent_dim: int = 128,
+        width: int = 64,
     ) -> None:
         super().__init__()
         if num_classes:
@@ -86,7 +92,7 @@ class ResidualGenerator(Generator):
         self.apply(_orthogonal if chunked else _xavier)
 
     def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
-        parts = latents.split(self.chunks, dim=1)
+        parts = torch.split(latents, self.chunks, dim=1)
         maps = self.start(parts[0]).unflatten(1, (-1, *self.first))  # (B, C, h, w)
         known = [] if self.embedding is None or labels is None else [self.embedding(labels)]
         for at, block in enumerate(self.blocks, start=1):
@@ -107,8 +113,8 @@ class _UpBlock(nn.Module):
     def forward(self, maps: Tensor, told: Tensor | None) -> Tensor:
         hidden = self.conv1(_doubled(F.relu(self.norm1(maps, told))))  # (B, outer, 2h, 2w)
         hidden = self.conv2(F.relu(self.norm2(hidden, told)))
-        around: Tensor = _doubled(self.shortcut(maps))
-        return hidden + around
+        doubled: Tensor = hidden + _doubled(self.shortcut(maps))
+        return doubled
 
 
 class _Norm(nn.Module):
@@ -123,7 +129,7 @@ class _Norm(nn.Module):
         normed: Tensor = self.norm(maps)
         if self.affine is None:
             return normed
-        scale, shift = self.affine(told)[:, :, None, None].chunk(2, dim=1)  # (B, C, 1, 1)
+        scale, shift = torch.chunk(self.affine(told)[:, :, None, None], 2, dim=1)  # (B, C, 1, 1)
         return torch.addcmul(shift, normed, 1 + scale)
 
 
@@ -138,7 +144,8 @@ def first_map(image_size: tuple[int, int]) -> tuple[tuple[int, int], int]:
     if doublings < 2 or (height << doublings, width << doublings) != tuple(image_size) or min(height, width) > high:
         shown = image_size[0] if image_size[0] == image_size[1] else list(image_size)
         raise UsageError(
-            f"data.image_size={shown} is not {low} to {high} pixels doubled twice or more: type data.image_size=32, 64 or 128."
+            f"data.image_size={shown} is not {low} to {high} pixels doubled twice or more: "
+            "type data.image_size=32, 64 or 128."
         )
     return (height, width), doublings
 
