@@ -12,10 +12,11 @@ from visiontasks.cli.command_line import CONF, choices
 from visiontasks.contracts import Backbone, UsageError
 
 CHOSEN = {name: OmegaConf.load(CONF / "head" / f"{name}.yaml") for name in choices("head")}
-HEADS = [  # but for aliases, and those of pretraining, which docs/pretraining.md lists
+OTHERS = {"pretraining", "generation"}  # whose heads docs/pretraining.md and docs/generation.md list
+HEADS = [  # but for aliases
     name
     for name, chosen in CHOSEN.items()
-    if "_target_" in chosen and get_class(chosen["_target_"]).serves != "pretraining"
+    if "_target_" in chosen and get_class(chosen["_target_"]).serves not in OTHERS
 ]
 
 

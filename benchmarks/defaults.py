@@ -131,7 +131,7 @@ def main() -> None:
     options = parser.parse_args()
     quieten()
     with tempfile.TemporaryDirectory() as name:
-        config = composed(options.backbone, None, Path(name))
+        config = composed([f"backbone={options.backbone}"], Path(name))
         config["trainer"]["max_epochs"] = options.epochs
         size = config["data"]["image_size"]
         seed_everything(0, verbose=False)

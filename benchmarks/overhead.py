@@ -9,7 +9,7 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,10 +113,9 @@ class Usual(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-3, weight_decay=0.05, fused=True)
 
 
-def composed(backbone: str, size: int | None, folder: Path) -> dict[str, Any]:
-    """The default config with every callback and logger, at a size or the default one, for one epoch."""
-    overrides = [f"backbone={backbone}", "trainer.max_epochs=1", f"hydra.run.dir={folder}"]
-    overrides += [] if size is None else [f"data.image_size={size}"]
+def composed(words: Iterable[str], folder: Path) -> dict[str, Any]:
+    """The default config with every callback and logger, for one epoch."""
+    overrides = [*words, "trainer.max_epochs=1", f"hydra.run.dir={folder}"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("train", overrides, return_hydra_config=True)
     config.hydra.runtime.output_dir = str(folder)
@@ -169,7 +168,7 @@ def rounds(case: tuple[str, int, int, int, float], count: int) -> Iterator[tuple
     with tempfile.TemporaryDirectory() as name:
         for number in range(count + 1):
             folder = Path(name) / str(number)
-            config = composed(backbone, size, folder)
+            config = composed([f"backbone={backbone}", f"data.image_size={size}"], folder)
             task = build_task(config, classes=CLASSES)
             times = tuple(run(config, task, data, folder) for run in (bare, ours, usual))
             if number > 0:

@@ -61,6 +61,16 @@ TASKS = {
         *("trainer.accumulate_grad_batches=2", "optimizer=sgd"),
     ),
     "detection": ("backbone=resnet18", "data.image_size=64", "data.train_size=16", "head=faster_rcnn", "head.width=32"),
+    "generation": (
+        *(
+            "head=sngan",
+            "head.critic_steps=2",
+            "head.generator.width=8",
+            "data.train_size=28",
+            "callbacks.nearest=null",
+        ),
+        *("trainer.accumulate_grad_batches=2", "trainer.val_check_interval=0.5", "trainer.gradient_clip_val=10"),
+    ),
     "pretraining": (
         *("head=moco", "head.queue=64", "data.train_size=48", "trainer.val_check_interval=4", "data.batch_size=8"),
         *("callbacks.embeddings=null", "data.probe_images=16", "callbacks.probes.every_n_epochs=2"),

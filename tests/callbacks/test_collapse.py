@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 
-from visiontasks.callbacks.collapse import CollapseWarning
+from visiontasks.callbacks.collapse import CollapseWarning, ModeCollapseWarning
 from visiontasks.callbacks.report import warnings
 
 FINE = {"val/feature_std": 0.3, "val/effective_rank": 20.0}
@@ -56,3 +56,33 @@ def test_nothing_is_said_of_what_is_not_measured_or_fine(
 def test_a_figure_that_is_no_number_warns(capsys: pytest.CaptureFixture[str]) -> None:
     validated(CollapseWarning(), {"val/feature_std": float("nan")})
     assert "val/feature_std is nan" in capsys.readouterr().out
+
+
+def sampled(callback: ModeCollapseWarning, *values: float | None, **state: Any) -> None:
+    """One validation after the other, with what it measures."""
+    module: Any = SimpleNamespace(metrics=SimpleNamespace(prepare=lambda: SimpleNamespace(name="random")))
+    for epoch, value in enumerate(values):
+        metrics = {} if value is None else {"val/vendi_random": torch.tensor(value)}
+        told = {"callback_metrics": metrics, "current_epoch": epoch, "is_global_zero": True, "sanity_checking": False}
+        trainer: Any = SimpleNamespace(**told | state)
+        callback.on_validation_end(trainer, module)
+
+
+def test_samples_that_stay_alike_are_warned_of_once(capsys: pytest.CaptureFixture[str]) -> None:
+    sampled(ModeCollapseWarning(), 0.1, 0.2, 0.9, 0.3, 0.4, None)
+    sampled(ModeCollapseWarning(), 0.1, 0.1, 0.1, sanity_checking=True)
+    assert capsys.readouterr().out == ""
+    sampled(ModeCollapseWarning(), 0.9, 0.3, 0.2, 0.1, 0.1, 0.9, 0.1, 0.1, 0.1)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "Mode collapse in epoch 3" in line
+    assert "val/vendi_random is 0.1, below 0.5 3 times in a row" in line
+
+
+def test_a_resumed_run_counts_on(capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = ModeCollapseWarning(), ModeCollapseWarning()
+    sampled(first, 0.1, 0.1)
+    second.load_state_dict(first.state_dict())
+    sampled(second, 0.1)
+    assert "Mode collapse" in capsys.readouterr().out
+    told: Any = SimpleNamespace(callbacks=[second])
+    assert len(warnings(told)) == 1

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ from torch.optim import SGD, AdamW
 from torch.utils.data import DataLoader
 
 from tests.callbacks.watched import Two
+from tests.tasks.generation_parts import fit as fit_generation
+from tests.tasks.generation_parts import images as pictures
+from tests.tasks.generation_parts import made as generating
 from tests.tasks.pretraining_parts import Tiny, maker
 from tests.tasks.pretraining_parts import batch as views_of
 from visiontasks.callbacks import NonFinite, ema
@@ -271,3 +274,22 @@ def test_two_processes_leave_out_the_same_steps(ends: tuple[Path, Any, Any], nam
         assert first[name]["finite"]
         assert second[name]["finite"]
         assert first[name]["moved"] == second[name]["moved"] == [True, False, True]
+
+
+@pytest.mark.parametrize("player", ["critic", "generator"])
+def test_a_task_that_steps_itself_says_which_steps_it_left_out(player: str, tmp_path: Path) -> None:
+    task = generating()
+    whole, calls = getattr(task.objective, player), count(1)
+
+    def spoiled(*scores: Tensor) -> Any:
+        total, images = whole(*scores)
+        return (total * math.nan if next(calls) in {2, 4, 5} else total), images
+
+    task.objective = task.objective._replace(**{player: spoiled})
+    callback = NonFinite(stop_after=2)
+    with pytest.raises(UsageError, match="2 steps in a row"):
+        fit_generation(task, pictures(48), callbacks=[callback], default_root_dir=tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "non_finite.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 5]
+    assert {loss for line in lines for loss in line["losses"]} == {"nan"}
+    assert callback.skipped == task.left_out == 3

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from visiontasks.cli import convert, doctor, evaluate, predict, train
+from visiontasks.cli import convert, doctor, evaluate, generate, predict, train
 
 TINY = (
     "backbone=resnet20",
@@ -22,6 +22,7 @@ MAINS = {
     "doctor": doctor.main,
     "train": train.main,
     "evaluate": evaluate.main,
+    "generate": generate.main,
     "predict": predict.main,
 }
 

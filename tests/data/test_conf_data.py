@@ -46,11 +46,11 @@ def test_every_augmentation_takes_the_read_only_images_of_the_cache(augment: str
 
 
 def test_every_data_module_has_a_file() -> None:
-    from visiontasks.data.module import DataModule, _conf_name
+    from visiontasks.data.module import DataModule, conf_name
 
     things = {name: getattr(exported, name) for name in exported.__all__}
     modules = {name for name, thing in things.items() if isinstance(thing, type) and issubclass(thing, DataModule)}
-    assert {_conf_name(name) for name in modules - {"DataModule"}} <= set(NAMES)
+    assert {conf_name(name) for name in modules - {"DataModule"}} <= set(NAMES)
 
 
 def test_importing_the_package_imports_little() -> None:

@@ -1,16 +1,22 @@
-"""Images to pyramids: adapters over torchvision and timm, and the CIFAR residual network that neither has."""
+"""Images to pyramids: adapters over torchvision and timm, and what neither has, such as the CIFAR residual network."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from visiontasks.backbones.cifar_resnet import CifarResNet
+    from visiontasks.backbones.dcgan import DCGAN
     from visiontasks.backbones.timm import TimmBackbone
     from visiontasks.backbones.torchvision import TorchvisionBackbone
 
-__all__ = ["CifarResNet", "TimmBackbone", "TorchvisionBackbone"]
+__all__ = ["DCGAN", "CifarResNet", "TimmBackbone", "TorchvisionBackbone"]
 
-_MODULES = {"CifarResNet": "cifar_resnet", "TimmBackbone": "timm", "TorchvisionBackbone": "torchvision"}
+_MODULES = {
+    "CifarResNet": "cifar_resnet",
+    "DCGAN": "dcgan",
+    "TimmBackbone": "timm",
+    "TorchvisionBackbone": "torchvision",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,8 @@
 """What watches a run."""
 
 from visiontasks.callbacks.checkpoints import LastCheckpoint, best_checkpoint, last_checkpoint
-from visiontasks.callbacks.collapse import CollapseWarning
+from visiontasks.callbacks.collapse import CollapseWarning, ModeCollapseWarning
+from visiontasks.callbacks.divergence import DivergenceWarning
 from visiontasks.callbacks.embeddings import EmbeddingPictures
 from visiontasks.callbacks.metrics_file import MetricsFile
 from visiontasks.callbacks.non_finite import NonFinite
@@ -9,20 +10,26 @@ from visiontasks.callbacks.optional import early_stopping, ema, progress_bar, sw
 from visiontasks.callbacks.pictures import ClassBars, ConfusionMatrix, ContactSheets, LearningCurves, PrecisionRecall
 from visiontasks.callbacks.probes import Probes
 from visiontasks.callbacks.report import Report
+from visiontasks.callbacks.samples import Interpolations, NearestImages, SampleSheets
 
 __all__ = [
     "ClassBars",
     "CollapseWarning",
     "ConfusionMatrix",
     "ContactSheets",
+    "DivergenceWarning",
     "EmbeddingPictures",
+    "Interpolations",
     "LastCheckpoint",
     "LearningCurves",
     "MetricsFile",
+    "ModeCollapseWarning",
+    "NearestImages",
     "NonFinite",
     "PrecisionRecall",
     "Probes",
     "Report",
+    "SampleSheets",
     "best_checkpoint",
     "early_stopping",
     "ema",

@@ -10,7 +10,7 @@ from lightning import Trainer
 from torch import Tensor, nn
 
 from visiontasks.contracts import Batch, UsageError
-from visiontasks.layers.distributed import collected
+from visiontasks.layers.distributed import in_order
 from visiontasks.tasks.inference import padded
 
 
@@ -58,18 +58,6 @@ class Features:
         ]
         features, index, *labels = in_order(parts, self.module.device)
         return Rows(features, labels[0] if labels else None, index)
-
-
-def in_order(parts: list[tuple[Tensor, ...]], device: torch.device) -> list[Tensor]:
-    """The columns of the rows of all processes, sorted by the second column, the images' positions.
-
-    Processes may have unequally many rows, or none; a position's own rows stay in their order.
-    """
-    columns = [torch.cat(column).cpu() for column in zip(*parts, strict=True)]
-    everyone = [part for part in collected(columns) if part]
-    whole = [torch.cat(column) for column in zip(*everyone, strict=True)]
-    order = whole[1].argsort(stable=True)
-    return [column[order].to(device) for column in whole]
 
 
 def moved(value: Any, device: torch.device) -> Any:

@@ -33,7 +33,8 @@ class NonFinite(Callback):
     asking each other; only where a strategy shards them do they exchange one number a step. A step that is left out
     changes no weight, moment or average (`step_skipped` of the module says so to what follows the weights), and
     buffers, such as the statistics of batch norms, are put back to what they were before its first batch. Schedules and
-    the count of steps go on. Under float16's loss scaling the scaler itself leaves out the step, and lowers its scale.
+    the count of steps go on. A task that steps itself leaves steps out by itself, and says so by `step_skipped`. Under
+    float16's loss scaling the scaler itself leaves out the step, and lowers its scale.
     Each is printed, and its files are listed in the run folder's non_finite.jsonl: those of the batches whose loss was
     not finite, or, where all were, of every batch of the step. With `stop_after` None it never ends a run.
     Raises UsageError, in every process, after `stop_after` of them in a row.
@@ -73,7 +74,7 @@ class NonFinite(Callback):
             torch._foreach_copy_(self._before, self._buffers)
 
     def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
-        bad = not self._finite(trainer, optimizer)
+        bad = bool(module.step_skipped) if module.steps_itself else not self._finite(trainer, optimizer)
         module.step_skipped = bad  # type: ignore[assignment]
         self._bad = bad or bool(self._bad)
         if not bad:
@@ -95,7 +96,7 @@ class NonFinite(Callback):
     def on_train_batch_end(
         self,
         trainer: Trainer,
-        module: LightningModule,  # noqa: ARG002
+        module: LightningModule,
         outputs: Any,
         batch: Any,
         batch_idx: int,  # noqa: ARG002
@@ -104,8 +105,9 @@ class NonFinite(Callback):
         self._seen.append(Seen(batch.get("index") if isinstance(batch, dict) else None, given))
         if self._bad is None:
             return
-        self.in_a_row = self.in_a_row + 1 if self._bad else 0
-        if self._bad:
+        bad = self._bad or bool(module.step_skipped)
+        self.in_a_row = self.in_a_row + 1 if bad else 0
+        if bad:
             self._tell(trainer)
         self._seen, self._bad = [], None
 

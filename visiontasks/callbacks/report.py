@@ -80,10 +80,11 @@ class Report(Callback):
                 print(f"bad file   {name}: {bad[name]}", flush=True)
         self._named |= bad.keys()
 
-    def summary(self, trainer: Trainer, module: LightningModule, metrics: dict[str, float]) -> dict[str, Any]:
+    def summary(self, trainer: Trainer, module: Any, metrics: dict[str, float]) -> dict[str, Any]:
         """The figures by name, and what the run cost: seconds, images a second over all processes, gigabytes."""
         return metrics | {
             **per_class(module),
+            **module.metrics.facts(),
             "parameters": sum(parameter.numel() for parameter in module.parameters()),
             "seconds": round(time.perf_counter() - self.started, 1),
             **(self._training(trainer) if trainer.global_step else {}),
@@ -138,7 +139,7 @@ def introduction(trainer: Trainer, module: Any) -> list[str]:
     classes = ", ".join(module.classes[:10]) + (", ..." if len(module.classes) > 10 else "")
     parameters = sum(parameter.numel() for parameter in module.parameters())
     trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-    accumulated = trainer.accumulate_grad_batches
+    accumulated = getattr(module, "accumulate_grad_batches", trainer.accumulate_grad_batches)
     batch = f"{data.batch_size * world_size() * accumulated}"
     parts = f"{data.batch_size} x {world_size()} processes x {accumulated} accumulated"
     return [

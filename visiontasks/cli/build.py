@@ -1,6 +1,7 @@
 """From a composed config to the objects that train."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ PARTS = (
     *("channels_last", "seed"),
 )
 STORED = ("task", "backbone", "head", "data", "augment", "optimizer", "scheduler")  # those that every run has
-_LIBRARIES = {
+_STEPPING = {"accumulate_grad_batches": 1, "gradient_clip_val": None}  # what Lightning leaves to a task that steps
+LIBRARIES = {
     "torchvision": "visiontasks.backbones.TorchvisionBackbone",
     "timm": "visiontasks.backbones.TimmBackbone",
 }
@@ -61,6 +63,8 @@ def build_task(config: Config, *, classes: tuple[str, ...]) -> Task:
     head = instantiate(config["head"], _convert_="all")
     check_head(config, head)
     losses = {"losses": instantiate(config["loss"], _convert_="all")} if config.get("loss") else {}
+    named = config["task"].get("extractor")
+    extractor = {} if named is None else {"extractor": partial(build_extractor, named)}
     channels_last = config["channels_last"]
     task: Task = instantiate(config["task"], _convert_="all")(
         backbone=backbone,
@@ -70,6 +74,7 @@ def build_task(config: Config, *, classes: tuple[str, ...]) -> Task:
         scheduler=instantiate(config["scheduler"], _convert_="all"),
         channels_last=native_bfloat16() if channels_last == "auto" else channels_last,
         **losses,
+        **extractor,
     )
     task.config = {key: config[key] for key in PARTS if key in config}
     return task.to(memory_format=task.memory_format)
@@ -81,11 +86,18 @@ def start_backbone(task: Task, config: Config) -> Receipt | None:
     if source is None:
         return getattr(task.backbone, "receipt", None)
     library, _, name = str(source).partition(":")
-    if source != "imagenet" and library not in _LIBRARIES:
+    if source != "imagenet" and library not in LIBRARIES:
         return load_backbone(task.backbone, source, allow_missing=allowed)
-    known = {"_target_": _LIBRARIES[library], "name": name} if name else config["backbone"]
+    known = {"_target_": LIBRARIES[library], "name": name} if name else config["backbone"]
     published = instantiate(known | {"weights": "imagenet"}, _convert_="all")
     return load_backbone(task.backbone, published.state_dict(), source=source, allow_missing=allowed)
+
+
+def build_extractor(named: str) -> Any:
+    """The network in whose features images are compared, see visiontasks.cli.extractor."""
+    from visiontasks.cli.extractor import extractor  # imports the task of classification, for which not every run waits
+
+    return extractor(named)
 
 
 def begin_transfer(task: Task, data: DataModule, config: Config) -> tuple[list[Callback], str]:
@@ -131,8 +143,10 @@ def check_head(config: Config, head: Any) -> None:
 def build_trainer(config: Config, *, folder: Path, callbacks: Sequence[Callback] = ()) -> Trainer:
     """The trainer with its callbacks and loggers, writing to a run folder."""
     precision, asked = resolved_precision(config["trainer"]["precision"]), config["trainer"]["sync_batchnorm"]
-    together = get_class(config["task"]["_target_"]).sees_all if asked == "auto" else asked
+    task: type[Task] = get_class(config["task"]["_target_"])
+    together = task.sees_all if asked == "auto" else asked
     options = config["trainer"] | {"precision": precision, "sync_batchnorm": together}
+    options |= {key: value for key, value in _STEPPING.items() if task.steps_itself}
     timeout = options.pop("timeout")
     plugins = [DurableCheckpoints(), *([ProcessBatchNorms()] if together else [])]
     trainer: Trainer = instantiate(

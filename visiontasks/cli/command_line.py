@@ -16,7 +16,10 @@ from visiontasks.errors import UsageError
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # in the wheel, in a checkout
-PATHS = ("run", "input", "output", "init_from", "resume", "data.root", "backbone.weights")  # quoted for Hydra
+PATHS = (  # quoted for Hydra
+    *("run", "input", "output", "init_from", "resume"),
+    *("data.root", "backbone.weights", "task.extractor"),
+)
 _OVERRIDE = re.compile(r"[+~]{0,2}(?P<key>[A-Za-z_][\w./@:-]*)(=(?P<value>.*))?", flags=re.DOTALL)
 
 

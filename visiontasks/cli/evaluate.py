@@ -46,9 +46,10 @@ def evaluate(composed: "DictConfig") -> None:
         print(f"data       {type(data).__name__}: {data.sizes()[config['split']]:,} {config['split']}", flush=True)
     (measured,) = trainer.test(task, datamodule=data, verbose=False)
     metrics = {name.replace("test/", f"{config['split']}/"): value for name, value in measured.items()}
+    report = next(callback for callback in trainer.callbacks if isinstance(callback, Report))  # type: ignore[attr-defined]
+    summary = report.summary(trainer, task, metrics)  # of all processes
     if trainer.is_global_zero:
-        report = next(callback for callback in trainer.callbacks if isinstance(callback, Report))  # type: ignore[attr-defined]
-        write_summary(folder, report.summary(trainer, task, metrics) | {"run": config["checkpoint"]["path"]})
+        write_summary(folder, summary | {"run": config["checkpoint"]["path"]})
         print(f"\n{table(metrics)}\n\nevaluation folder: {folder}")
 
 

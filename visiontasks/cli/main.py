@@ -1,9 +1,9 @@
-"""visiontasks train|evaluate|predict|convert|doctor: the entry points, from any folder."""
+"""visiontasks train|evaluate|predict|generate|convert|doctor: the entry points, from any folder."""
 
 import importlib
 import sys
 
-COMMANDS = ("train", "evaluate", "predict", "convert", "doctor")
+COMMANDS = ("train", "evaluate", "predict", "generate", "convert", "doctor")
 
 
 def main() -> None:

@@ -214,6 +214,11 @@ def tune(trainer: "Trainer", task: "Task", data: "DataModule", config: "Config")
     """Finds the batch size, then the learning rate, where asked, and says what it found."""
     from lightning.pytorch.tuner.tuning import Tuner
 
+    if task.steps_itself and (config["find_lr"] or config["find_batch_size"]):
+        name = type(task).__name__
+        raise UsageError(
+            f"{name} has several optimisers, for which nothing is found: type find_lr=false find_batch_size=false."
+        )
     if config["find_batch_size"]:
         Tuner(trainer).scale_batch_size(task, datamodule=data, init_val=8, steps_per_trial=3)
         print(f"found      data.batch_size={data.batch_size}")

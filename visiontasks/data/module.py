@@ -459,11 +459,11 @@ class DataModule(LightningDataModule):
 
     def _mismatch(self, missing: frozenset[str]) -> str:
         names = [name for name in exported.__all__ if missing <= _provided(getattr(exported, name))]
-        others = ", ".join(f"data={_conf_name(name)}" for name in names if name != type(self).__name__)
+        others = ", ".join(f"data={conf_name(name)}" for name in names if name != type(self).__name__)
         own = [self.remedies[key] for key in sorted(missing) if key in self.remedies]
         remedy = " or ".join([*dict.fromkeys(own), *([f"one of {others}"] if others else [])])
         return (
-            f"The task needs {_listed(missing)} and {_conf_name(type(self).__name__)} provides "
+            f"The task needs {_listed(missing)} and {conf_name(type(self).__name__)} provides "
             f"{_listed(self.provides) or 'images only'}: type {remedy or 'data= with your own data module'}"
         )
 
@@ -629,7 +629,8 @@ def _side_or_sides(given: int | Sequence[int]) -> int | tuple[int, int]:
     return sides[0] if len(sides) == 1 else (sides[0], sides[1])
 
 
-def _conf_name(name: str) -> str:
+def conf_name(name: str) -> str:
+    """What conf/data calls a data module's class."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
 
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from visiontasks.heads.detection.ssd import SSD
     from visiontasks.heads.fcn import FCN, SkipFCN
     from visiontasks.heads.fpn import FPN
+    from visiontasks.heads.generation.gan import GAN, ConditionalGAN
+    from visiontasks.heads.generation.generators import ResidualGenerator, TransposedGenerator
     from visiontasks.heads.lraspp import LRASPP
     from visiontasks.heads.pretraining.byol import BYOL, SimSiam
     from visiontasks.heads.pretraining.colorization import Colorization
@@ -34,12 +36,14 @@ __all__ = [
     "FCN",
     "FCOS",
     "FPN",
+    "GAN",
     "LRASPP",
     "MLP",
     "SSD",
     "VGG",
     "BarlowTwins",
     "Colorization",
+    "ConditionalGAN",
     "DeepLabV3",
     "DeepLabV3Plus",
     "FasterRCNN",
@@ -49,6 +53,7 @@ __all__ = [
     "MaskRCNN",
     "MoCo",
     "MoCoV3",
+    "ResidualGenerator",
     "RetinaNet",
     "Rotation",
     "SegFormerMLP",
@@ -56,6 +61,7 @@ __all__ = [
     "SimSiam",
     "SkipFCN",
     "SwAV",
+    "TransposedGenerator",
     "UNet",
     "VICReg",
 ]
@@ -64,6 +70,7 @@ _MODULES = {
     "BYOL": "pretraining.byol",
     "BarlowTwins": "pretraining.redundancy",
     "Colorization": "pretraining.colorization",
+    "ConditionalGAN": "generation.gan",
     "DINO": "pretraining.dino",
     "DeepLabV3": "deeplab",
     "DeepLabV3Plus": "deeplab",
@@ -71,12 +78,14 @@ _MODULES = {
     "FCOS": "detection.fcos",
     "FPN": "fpn",
     "FasterRCNN": "detection.faster_rcnn",
+    "GAN": "generation.gan",
     "Inpainting": "pretraining.inpainting",
     "Jigsaw": "pretraining.jigsaw",
     "LRASPP": "lraspp",
     "MaskRCNN": "detection.mask_rcnn",
     "MoCo": "pretraining.moco",
     "MoCoV3": "pretraining.moco",
+    "ResidualGenerator": "generation.generators",
     "RetinaNet": "detection.retinanet",
     "Rotation": "pretraining.rotation",
     "SSD": "detection.ssd",
@@ -85,6 +94,7 @@ _MODULES = {
     "SimSiam": "pretraining.byol",
     "SkipFCN": "fcn",
     "SwAV": "pretraining.swav",
+    "TransposedGenerator": "generation.generators",
     "UNet": "unet",
     "VICReg": "pretraining.redundancy",
 }

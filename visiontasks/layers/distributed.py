@@ -73,6 +73,18 @@ def wait_at_most(seconds: float) -> None:
         set_timeout(timedelta(seconds=seconds), group)
 
 
+def in_order(parts: list[tuple[Tensor, ...]], device: torch.device) -> list[Tensor]:
+    """The columns of the rows of all processes, sorted by the second column, the images' positions.
+
+    Processes may have unequally many rows, or none; a position's own rows stay in their order.
+    """
+    columns = [torch.cat(column).cpu() for column in zip(*parts, strict=True)]
+    everyone = [part for part in collected(columns) if part]
+    whole = [torch.cat(column) for column in zip(*everyone, strict=True)]
+    order = whole[1].argsort(stable=True)
+    return [column[order].to(device) for column in whole]
+
+
 @lru_cache(maxsize=1)
 def _between_cpus(world: Any) -> Any:
     """The group of all processes, on gloo; made once for each world, by all of its processes together."""
@@ -102,6 +114,18 @@ def mean_over_processes(total: Tensor, count: Tensor) -> Tensor:
     """
     count = sum_over_processes(count)
     return total * world_size() / torch.where(count > 0, count, 1)
+
+
+@torch.no_grad()
+def average_over_processes(values: list[Tensor], number: Tensor) -> list[Tensor]:
+    """Tensors, each of which becomes its mean over all processes, in one exchange; so does the number, a scalar."""
+    if world_size() > 1:
+        everything = [*values, number]
+        flat = torch.cat([value.flatten() for value in everything])  # of one type
+        dist.all_reduce(flat)
+        parts = torch.split(flat / world_size(), [value.numel() for value in everything])
+        torch._foreach_copy_(everything, [part.view_as(value) for part, value in zip(parts, everything, strict=True)])
+    return values
 
 
 def gather(rows: Tensor) -> Tensor:

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from visiontasks.tasks.classification import Classification
     from visiontasks.tasks.detection import Detection
+    from visiontasks.tasks.generation import Generation
     from visiontasks.tasks.pretraining import Pretraining
     from visiontasks.tasks.segmentation import Segmentation
 
-__all__ = ["Classification", "Detection", "Pretraining", "Segmentation"]
+__all__ = ["Classification", "Detection", "Generation", "Pretraining", "Segmentation"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,7 @@
 """Losses as sums and counts, and what every task's metrics share."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,10 @@ class Metrics(nn.Module):
     def compute(self) -> tuple[Figures, Figures]:
         """Figures by name, and tables such as the confusion matrix, over all images of all processes."""
         raise NotImplementedError
+
+    def facts(self) -> dict[str, Any]:
+        """What summary.json says of how the figures were measured."""
+        return {}
 
     def reset(self) -> None:
         """Forgets all images."""

@@ -1,0 +1,1 @@
+"""Generators, and what makes a backbone their critic."""

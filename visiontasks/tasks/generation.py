@@ -1,0 +1,502 @@
+"""Generation: a backbone is the critic of a generator that learns to make pictures like the data's."""
+
+import copy
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, ClassVar, NamedTuple, cast
+
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from matplotlib.axes import Axes
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from visiontasks.contracts import Backbone, Batch, UsageError
+from visiontasks.heads.generation.gan import MakeGAN
+from visiontasks.heads.pretraining.draws import draws, image_keys
+from visiontasks.layers import diffaugment as augment
+from visiontasks.layers.distributed import average_over_processes, mean_over_processes
+from visiontasks.layers.spectral import SpectralNorm
+from visiontasks.losses.adversarial import OBJECTIVES, Term, gradient_penalty, r1
+from visiontasks.tasks.base import Prediction, Task
+from visiontasks.tasks.extractors import MakeExtractor, RandomFeatures
+from visiontasks.tasks.generation_metrics import SampleQuality
+from visiontasks.tasks.metrics import stacked
+from visiontasks.tasks.optimisation import at_rates, parameter_groups
+
+_EVALUATION = -1  # the epoch to which the draws of an evaluation belong
+_FIXED = -2  # and those of `latents`
+LOUD = (1, 10, 100, 1000)  # steps left out, of which the person is told
+Weights = dict[str, Tensor]  # by name in a network; what is not named is the network's own
+
+
+class Generation(Task):
+    """Learns to make pictures: a generator against a critic, which is the backbone under a head with one output.
+
+    A step is one of the critic, on accumulate_grad_batches batches; every head.critic_steps-th is followed by one of
+    the generator, on as much noise. `trainer.global_step` counts steps. What is drawn for an image is a function of
+    (seed, epoch, index). The gradients are averaged over processes once a step, and a step whose losses or gradients
+    are not finite is left out by all of them.
+
+    Args:
+        image_size: of the pictures, one side or height and width.
+        generator_lr: the generator's learning rate; None for the critic's (two time-scales: Heusel et al. 2017, arXiv
+            1706.08500).
+        ema: the decay of the moving average of the generator that samples come from; it starts lower (Karras et al.
+            2017, arXiv 1710.10196; Tensorflow's ramp (1 + t) / (10 + t)).
+        accumulate_grad_batches, gradient_clip_val: as of lightning.Trainer, which leaves both to a task with two
+            optimisers.
+        extractor, measured, neighbours: in what features, of how many images and with what neighbourhoods samples are
+            compared with real images, see SampleQuality.
+        seed: keys what is drawn.
+    """
+
+    needs: frozenset[str] = frozenset()
+    wants: frozenset[str] = frozenset({"label"})
+    sees_all: ClassVar[bool] = True
+    steps_itself: ClassVar[bool] = True
+    metrics: SampleQuality
+
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        image_size: int | Iterable[int],
+        head: MakeGAN,
+        classes: tuple[str, ...] = (),
+        generator_lr: float | None = None,
+        ema: float = 0.999,
+        accumulate_grad_batches: int = 1,
+        gradient_clip_val: float | None = None,
+        extractor: MakeExtractor = RandomFeatures,
+        measured: int = 2048,
+        neighbours: int = 5,
+        seed: int = 0,
+        monitor: str = "val/fid",
+        mode: str = "min",
+        **shared: Any,
+    ) -> None:
+        super().__init__(backbone=backbone, classes=classes, monitor=monitor, mode=mode, **shared)
+        self.automatic_optimization = False
+        self.image_size = _sides(image_size)
+        self.channels = min(backbone.in_channels, 3)
+        self.head = head(
+            levels=backbone.levels, num_classes=len(classes), image_size=self.image_size, channels=self.channels
+        )
+        self.average = copy.deepcopy(self.head.generator).requires_grad_(False)
+        self.spectral = nn.ModuleDict()
+        if self.head.spectral_norm:
+            self.spectral.update({"backbone": SpectralNorm(backbone), "critic": SpectralNorm(self.head.critic)})
+        self.objective = OBJECTIVES[self.head.objective]
+        self.generator_lr = generator_lr
+        self.ema = ema
+        self.accumulate_grad_batches = accumulate_grad_batches
+        self.gradient_clip_val = gradient_clip_val
+        self.seed = seed
+        self.metrics = SampleQuality(extractor, samples=measured, neighbours=neighbours)
+        self.left_out = 0  # steps that were not finite
+        self._waiting: list[Drawn] = []  # of the batches since the last step
+        self._losses: list[Tensor] = []
+        self._statistics: list[tuple[Tensor, Tensor]] = []  # before the first of them
+        self.register_state_dict_post_hook(_bake)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_unbake)  # type: ignore[no-untyped-call]
+        self.train()
+
+    @property
+    def conditional(self) -> bool:
+        """Whether samples of a class can be asked for."""
+        return self.head.conditional
+
+    @classmethod
+    def required(cls, head: type) -> frozenset[str]:
+        return frozenset({"label"}) if getattr(head, "conditional", False) else cls.needs
+
+    def latents(self, count: int, *, seed: int = 0) -> Tensor:
+        """Noise for so many pictures, a function of the seed alone, (count, latent_dim)."""
+        keys = image_keys(torch.arange(count, device=self.device), seed=seed, epoch=_FIXED)
+        return normal(draws(keys, self.head.latent_dim))
+
+    @torch.no_grad()
+    def sample(self, latents: Tensor, labels: Tensor | None = None, *, truncation: float = 1.0) -> Tensor:
+        """Pictures of the averaged generator, uint8 (B, 3, H, W) RGB.
+
+        truncation below 1 draws the noise closer to its mean: less variety, more typical pictures. Shapes: latents (B,
+        latent_dim); labels (B,), needed where the task is conditional. Raises UsageError where they are missing.
+        """
+        if self.conditional and labels is None:
+            raise UsageError("This generator makes pictures of a class: give labels, one a picture.")
+        self.average.eval()
+        pictures = self.average(latents * truncation, labels if self.conditional else None)
+        return rgb((pictures.float() + 1) * 127.5).clamp(0, 255).round().byte()
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The critic's scores of normalised images, (B,)."""
+        weights = self._weights()
+        return self._judged(images, labels, weights)
+
+    def _judged(self, images: Tensor, labels: Tensor | None, weights: dict[str, Weights]) -> Tensor:
+        features = self._call("backbone", self.backbone, weights, images)
+        scores: Tensor = self._call("head.critic", self.head.critic, weights, features, labels)
+        return scores
+
+    def _weights(self) -> dict[str, Weights]:
+        """The normalised weights of the critic's parts, where they are normalised."""
+        return {place: norm(network) for place, norm, network in self.normalised()}
+
+    def normalised(self) -> Iterator[tuple[str, SpectralNorm, nn.Module]]:
+        """The parts whose weights are spectrally normalised: where they lie, the norm and the network."""
+        parts = {"backbone": ("backbone", self.backbone), "critic": ("head.critic", self.head.critic)}
+        for name, norm in self.spectral.items():
+            place, network = parts[name]
+            yield place, cast(SpectralNorm, norm), network
+
+    def _call(self, name: str, network: nn.Module, weights: dict[str, Weights], *inputs: Any) -> Any:
+        return functional_call(network, weights[name], inputs) if name in weights else network(*inputs)
+
+    def _scores(
+        self, pictures: Tensor, *, numbers: Tensor, labels: Tensor | None, weights: dict[str, Weights]
+    ) -> Tensor:
+        """The critic's scores (B,) of augmented pictures (B, C, H, W) in -1..1."""
+        seen = augment.diffaugment(rgb(pictures), numbers, self.head.diffaugment)
+        return self._judged(self.images({"image": (seen + 1) * 127.5}), labels, weights)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002
+        """Learns from a batch; returns what of the losses is new, without gradients."""
+        critic, generator = cast(list[LightningOptimizer], self.optimizers())
+        if not self._waiting:
+            self._statistics = _statistics(self.backbone, self.head)
+        drawn = self.draw_for(batch)
+        self._waiting.append(drawn)
+        loss = self._learn(self.critic_loss(batch["image"].float() / 127.5 - 1, drawn))
+        if len(self._waiting) < self.accumulate_grad_batches and not self.trainer.is_last_batch:
+            return loss
+        self.step_skipped = not self._average("critic", critic)
+        critic.step()  # the one that Lightning counts; without gradients it changes nothing
+        critic.optimizer.zero_grad()
+        self._schedule(0)
+        if not self.step_skipped and self.global_step % self.head.critic_steps == 0:
+            loss = loss + self._teach(generator)
+        self._waiting.clear()
+        return loss
+
+    def _teach(self, optimizer: LightningOptimizer) -> Tensor:
+        """Takes a step of the generator, on the noise of the batches since the last step, and averages it."""
+        with held((*self.backbone.parameters(), *self.head.critic.parameters())):
+            loss = torch.stack([self._learn(self.generator_loss(drawn)) for drawn in self._waiting]).sum()
+        self.step_skipped = not self._average("generator", optimizer)
+        if not self.step_skipped:
+            optimizer.optimizer.step()
+            self._follow()
+        optimizer.optimizer.zero_grad()
+        self._schedule(1)
+        return loss
+
+    def resumable(self, batches: int) -> bool:  # noqa: ARG002
+        return not self._waiting
+
+    def draw_for(self, batch: Batch) -> "Drawn":
+        """What is drawn for each image of a batch."""
+        keys = image_keys(batch["index"], seed=self.seed, epoch=self.current_epoch)
+        sizes = [self.head.latent_dim, self.head.latent_dim, augment.DRAWS, augment.DRAWS, augment.DRAWS, 1]
+        first, second, real, fake, made, mix = torch.split(draws(keys, sum(sizes)), sizes, dim=1)
+        return Drawn(normal(first), normal(second), real, fake, made, mix[:, 0], self._labels(batch))
+
+    def _labels(self, batch: Batch) -> Tensor | None:
+        if not self.conditional:
+            return None
+        labels: Tensor = batch["label"]
+        if labels.ndim > 1:
+            raise UsageError(
+                "A conditional generator takes one class an image and these have several: type head=sngan."
+            )
+        return labels
+
+    def critic_loss(self, real: Tensor, drawn: "Drawn") -> Tensor:
+        """What the critic is to make small; pictures are (B, C, H, W) in -1..1."""
+        weights, labels = self._weights(), drawn.labels
+        with torch.no_grad():
+            fake = rgb(self.head.generator(drawn.critic_latents, labels).float())
+        torch.clear_autocast_cache()  # what was cast without gradients would stay without
+        scores = partial(self._scores, labels=labels, weights=weights)
+        of_real, of_fake = scores(real, numbers=drawn.real_numbers), scores(fake, numbers=drawn.fake_numbers)
+        terms = [self.objective.critic(of_real, of_fake), *self._penalties(scores, real, fake, drawn)]
+        self.watch("critic_loss", *terms[0])
+        self.watch("real_score", of_real.sum(), terms[0][1])
+        self.watch("fake_score", of_fake.sum(), terms[0][1])
+        return self._mean(terms, [1.0, self.head.gradient_penalty, self.head.r1])
+
+    def _penalties(self, scores: Any, real: Tensor, fake: Tensor, drawn: "Drawn") -> list[Term]:
+        """The terms of the gradients with regard to images, in float32."""
+        if not self.head.penalised:
+            return []
+        nothing = (real.new_zeros(()), real.new_ones(()))
+        with torch.autocast(self.device.type, enabled=False):
+            between, at_real = partial(scores, numbers=drawn.fake_numbers), partial(scores, numbers=drawn.real_numbers)
+            wanted, gamma = self.head.gradient_penalty, self.head.r1
+            penalty = gradient_penalty(between, real, fake, drawn.mix) if wanted > 0 else nothing
+            terms = [penalty, r1(at_real, real) if gamma > 0 else nothing]
+        self.watch("penalty", torch.stack([total for total, _ in terms]).sum(), real.new_tensor(float(len(real))))
+        return terms
+
+    def generator_loss(self, drawn: "Drawn") -> Tensor:
+        torch.clear_autocast_cache()  # what was cast before the critic's step is stale
+        fake = self.head.generator(drawn.generator_latents, drawn.labels).float()
+        of_fake = self._scores(fake, numbers=drawn.generator_numbers, labels=drawn.labels, weights=self._weights())
+        term = self.objective.generator(of_fake)
+        self.watch("generator_loss", *term)
+        return self._mean([term], [1.0])
+
+    def _mean(self, terms: list[Term], weights: list[float]) -> Tensor:
+        """The weighted sum of the terms' means over all processes and accumulated batches."""
+        pairs = stacked(terms)  # (L, 2)
+        means = mean_over_processes(pairs[:, 0], pairs[:, 1])
+        return (means * means.new_tensor(weights[: len(terms)])).sum() / self.accumulate_grad_batches
+
+    def _learn(self, loss: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, enabled=False):
+            loss.backward()  # type: ignore[no-untyped-call]
+        self._losses.append(loss.detach())
+        return loss.detach()
+
+    @torch.no_grad()
+    def _average(self, name: str, optimizer: LightningOptimizer) -> bool:
+        """Averages the gradients over processes and clips them; drops all of them where one, or a loss, is not finite.
+
+        Every process comes to the same answer, which is whether the step may be taken.
+        """
+        parameters = [each for group in optimizer.param_groups for each in group["params"] if each.grad is not None]
+        loss = torch.stack(self._losses).sum()
+        self._losses.clear()
+        gradients = average_over_processes([cast(Tensor, each.grad) for each in parameters], loss)
+        norm = get_total_norm(gradients)
+        right = bool((norm + loss).isfinite())
+        self.watch(f"{name}_gradient", norm if right else norm.new_zeros(()), norm.new_tensor(float(right)))
+        if not right:
+            self._leave_out(name, optimizer)
+        elif self.gradient_clip_val:
+            clip_grads_with_norm_(parameters, self.gradient_clip_val, norm)
+        return right
+
+    def _leave_out(self, name: str, optimizer: LightningOptimizer) -> None:
+        """Undoes what a step that is not finite has done, and says so."""
+        optimizer.optimizer.zero_grad()
+        for buffer, value in self._statistics:
+            buffer.copy_(value)
+        self.left_out += 1
+        if self.left_out in LOUD and self.trainer.is_global_zero:
+            print(
+                f"warning    step {self.global_step} of the {name} left out: its loss or gradients are not finite "
+                f"({self.left_out} so far)",
+                flush=True,
+            )
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """Moves the averaged generator, with its statistics, towards the one that learns."""
+        steps = self.global_step // self.head.critic_steps
+        weight = 1 - min(self.ema, (1 + steps) / (10 + steps))
+        pairs = zip(_values(self.average), _values(self.head.generator), strict=True)
+        own, other = zip(*((a, b) for a, b in pairs if a.is_floating_point()), strict=True)
+        torch._foreach_lerp_(list(own), list(other), weight)
+
+    def _schedule(self, which: int) -> None:
+        schedulers: Any = self.lr_schedulers()
+        schedulers[which].step()
+
+    def evaluation_step(self, batch: Batch) -> Tensor:
+        """The critic's scores of each image, (B,); the metrics see as many pictures of the same classes."""
+        labels, rows = self._labels(batch), self.metrics.wanted(batch["index"])
+        if len(rows):
+            index = batch["index"][rows]
+            keys = image_keys(index, seed=self.seed, epoch=_EVALUATION)
+            fake = self.sample(normal(draws(keys, self.head.latent_dim)), None if labels is None else labels[rows])
+            self.metrics.update(batch["image"][rows], fake, index)
+        return self(self.images(batch), labels).float()  # type: ignore[no-any-return]
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002
+        scores: Tensor = self(self.images(batch))
+        return scores
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        steps = self._steps()
+        rate = self.learning_rate()
+        generator_rate = rate if self.generator_lr is None else self.generator_lr
+        critic = nn.ModuleDict({"backbone": self.backbone, "critic": self.head.critic})
+        return [
+            self._optimizer(critic, rate, steps),
+            self._optimizer(self.head.generator, generator_rate, max(1, steps // self.head.critic_steps)),
+        ]
+
+    def _optimizer(self, network: nn.Module, rate: float | None, steps: int) -> Any:
+        chosen = {} if rate is None else {"lr": rate}
+        optimizer = at_rates(self.optimizer(parameter_groups(network, self.pace), **chosen))
+        schedule = self.scheduler(optimizer, total_steps=steps)
+        if schedule.get("interval") != "step":
+            raise UsageError("A generator has no loss that tells when to slow down: type scheduler=cosine or constant.")
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def _steps(self) -> int:
+        """The steps of the critic in the whole training."""
+        batches = self.trainer.estimated_stepping_batches
+        if self.accumulate_grad_batches == 1 or self.trainer.max_epochs == -1:
+            return int(batches)
+        steps = math.ceil(self.trainer.num_training_batches / self.accumulate_grad_batches) * int(
+            self.trainer.max_epochs or 1
+        )
+        return steps if self.trainer.max_steps == -1 else min(steps, self.trainer.max_steps)
+
+    def on_fit_start(self) -> None:
+        """Says what differs from what was asked; raises UsageError where the task cannot train so."""
+        plugin: Any = self.trainer.precision_plugin
+        if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
+            raise UsageError("Generation trains in 32 or bf16-mixed, not 16-mixed: type trainer.precision=32.")
+        if not isinstance(self.trainer.strategy, DDPStrategy | SingleDeviceStrategy):
+            name = type(self.trainer.strategy).__name__
+            raise UsageError(f"Generation cannot train under {name}: type trainer.strategy=ddp or auto.")
+        self.metrics.prepare()
+        if self.trainer.is_global_zero:
+            lines = [*self.notes(), *self.metrics.notes()]
+            print("".join(f"{line}\n" for line in lines), end="", flush=True)
+
+    def notes(self) -> list[str]:
+        """Lines for the person who starts the run."""
+        normed = any(isinstance(layer, _BatchNorm) for layer in self.backbone.modules())
+        if not (normed and self.judges_alone):
+            return []
+        why = "a gradient penalty" if self.head.penalised else "head.batch_norms=false"
+        return [
+            f"norms      the critic's batch norms keep their statistics, as {why} wants each image judged by itself"
+        ]
+
+    @property
+    def judges_alone(self) -> bool:
+        """Whether the critic's batch norms keep their statistics, so that images of a batch do not meet in it."""
+        return self.head.penalised or not self.head.batch_norms
+
+    def on_train_start(self) -> None:
+        if self.global_step == 0:
+            for _, norm, network in self.normalised():
+                norm.settle(network)
+
+    def train(self, mode: bool = True) -> "Generation":
+        super().train(mode)
+        self.average.eval()
+        if mode and self.judges_alone:
+            for layer in self.backbone.modules():
+                layer.train(layer.training and not isinstance(layer, _BatchNorm))
+        return self
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["left_out"] = self.left_out
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.left_out = checkpoint.get("left_out", 0)
+
+    def _evaluated(self, stage: str) -> None:
+        super()._evaluated(stage)
+        if stage == "val":
+            self.log("step", float(self.global_step - 1))  # else Lightning would count batches that are accumulated
+
+    def compile_parts(self) -> None:
+        for part in (self.backbone, self.head.critic, self.head.generator, self.average):
+            part.compile()
+
+    def predictions(self, raw: Tensor) -> list[Prediction]:
+        return [{"score": round(score, 6)} for score in raw.float().tolist()]
+
+    def truths(self, batch: Batch) -> list[Prediction]:
+        return [{} for _ in batch["index"]]
+
+    def errors(self, raw: Tensor, batch: Batch) -> dict[str, Tensor]:  # noqa: ARG002
+        """None: the critic's score is no answer that could be wrong."""
+        return {}
+
+    def draw(self, axes: Axes, image: Tensor, prediction: Prediction, truth: Prediction | None) -> None:  # noqa: ARG002
+        """Draws the image with what the critic thinks of it: the higher, the more real."""
+        axes.imshow(image.permute(1, 2, 0).numpy())
+        axes.set_title(f"{prediction['score']:.2f}")
+
+
+class Drawn(NamedTuple):
+    """What is drawn for the images of a batch: latents (B, latent_dim), numbers for what alters images, and classes."""
+
+    critic_latents: Tensor
+    generator_latents: Tensor
+    real_numbers: Tensor  # (B, augment.DRAWS)
+    fake_numbers: Tensor
+    generator_numbers: Tensor
+    mix: Tensor  # (B,)
+    labels: Tensor | None
+
+
+@contextmanager
+def held(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Within it parameters want no gradients."""
+    learning = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
+def normal(numbers: Tensor) -> Tensor:
+    """Normal numbers for even ones, whole multiples of 2 ** -24 from 0 to below 1."""
+    found: Tensor = torch.special.ndtri(numbers.double() + 2.0**-25)
+    return found.float()
+
+
+def rgb(pictures: Tensor) -> Tensor:
+    """Pictures (B, C, H, W) with their one grey channel, if they have no more, as three."""
+    return pictures.expand(-1, 3, -1, -1)
+
+
+def _statistics(*networks: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """The buffers of the batch norms that move, and what they hold."""
+    layers = [layer for network in networks for layer in network.modules() if isinstance(layer, _BatchNorm)]
+    return [(buffer, buffer.clone()) for layer in layers if layer.training for buffer in layer.buffers()]
+
+
+def _values(network: nn.Module) -> Iterator[Tensor]:
+    yield from network.parameters()
+    yield from network.buffers()
+
+
+def _sides(size: int | Iterable[int]) -> tuple[int, int]:
+    sides = [size, size] if isinstance(size, int) else list(size)
+    return sides[0], sides[1]
+
+
+def _bake(task: Generation, state: dict[str, Any], prefix: str, metadata: Any) -> None:  # noqa: ARG001
+    """Puts normalised weights into a state dict in the places of the raw ones, which lie beside them under `spectral.`.
+
+    So a backbone that is transferred computes what it did here.
+    """
+    for place, norm, network in task.normalised():
+        for name, weight in norm.normalised(network).items():
+            key = f"{prefix}{place}.{name}"
+            state[_raw(prefix, key)], state[key] = state[key], weight.detach().to(state[key].dtype)
+
+
+def _unbake(task: Generation, state: dict[str, Any], prefix: str, *rest: Any) -> None:  # noqa: ARG001
+    """Takes the raw weights back."""
+    for place, norm, _ in task.normalised():
+        for name in norm.names:
+            key = f"{prefix}{place}.{name}"
+            if _raw(prefix, key) in state:
+                state[key] = state.pop(_raw(prefix, key))
+
+
+def _raw(prefix: str, key: str) -> str:
+    return f"{prefix}spectral.raw/{key.removeprefix(prefix).replace('.', '/')}"
