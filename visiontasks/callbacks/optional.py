@@ -37,12 +37,12 @@ class _EarlyStopping(EarlyStopping):
 class Average(WeightAveraging):
     """An exponential moving average of the weights that stands still while steps are left out.
 
-    What never changes stays what it is to the bit, such as frozen weights and the shapes of anchors: it moves by a share
-    of the difference, where Lightning's EMAWeightAveraging adds two shares and rounds.
+    What never changes stays what it is to the bit, such as frozen weights and the shapes of anchors: it moves by a
+    share of the difference, where Lightning's EMAWeightAveraging adds two shares and rounds.
     """
 
     def __init__(self, *, decay: float) -> None:
-        super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay))
+        super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *rest: Any) -> None:
         if not pl_module.step_skipped:
