@@ -34,8 +34,8 @@ PARTS = {2: ((0, 1, 3, 4, 5), (2,)), 3: ((0, 1, 5), (2,), (3, 4))}  # image 2 ha
 EQUAL = {2: ((0, 1, 2), (3, 4, 5)), 3: ((0, 1), (2, 3), (4, 5))}
 EMPTY = 2
 TOLERANCE = 1e-6  # relative to the norm, in float32
-ROUNDED = 3e-5  # in float32 where a batch norm divides by small deviations; in float64 it is as the others
-CANCELLING = {"rotation": 1e-5}  # of four turns nearly nothing is left: one process is off by 2e-6 in float32 itself
+ROUNDED = 3e-5  # in float32 where a batch norm divides by small deviations; in float64 they are as near as the others
+CANCELLING = {"rotation", "fcn8s", "fcn16s", "fcn32s"}  # one process is itself off by 2e-6 to 7e-6 in float32
 PURE = 1e-10  # in float64
 SIZES = (1, 2, 3, 5, 21, 22)  # images of an evaluation
 OWN = {  # beside the heads with their usual losses, and the losses with their usual head
@@ -245,8 +245,11 @@ def measure(process: int, processes: int, folder: str, steps: int, full: bool) -
 
 
 def precisions(case: Case, *, full: bool) -> list[torch.dtype]:
-    """Those in which a case is compared: float64 where a batch norm enlarges what is rounded, in full float32 too."""
-    if not normed(built(case)):
+    """Those in which a case is compared: float64 where what is rounded grows, in full float32 too.
+
+    In thirty steps of float32 SimCLR's weights are 0.09 off on one process itself; in float64 processes agree to 1e-13.
+    """
+    if not normed(built(case)) and case[1] not in CANCELLING:
         return [torch.float32]
     return [torch.float32, torch.float64] if full else [torch.float64]
 
@@ -265,7 +268,7 @@ def ran(folder: Path, processes: int, *, steps: int = 1, full: bool = False) -> 
 def check_gradient(found: Any, name: str) -> None:
     limits = {torch.float32: TOLERANCE, torch.float64: PURE}
     errors = {dtype: found[name, dtype]["gradient"] for dtype in limits if (name, dtype) in found}
-    limits[torch.float32] = ROUNDED if torch.float64 in errors else CANCELLING.get(name, TOLERANCE)
+    limits[torch.float32] = ROUNDED if torch.float64 in errors else TOLERANCE
     assert errors
     assert all(error < limits[dtype] for dtype, error in errors.items()), errors
 
@@ -286,7 +289,7 @@ def full(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module", params=[2, 3])
 def long(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return ran(tmp_path_factory.mktemp("long"), request.param, steps=30, full=True)
+    return ran(tmp_path_factory.mktemp("long"), request.param, steps=30)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -316,7 +319,8 @@ def test_the_figures_of_several_processes_are_those_of_one(name: str, images: in
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", CASES)
 def test_thirty_steps_of_several_processes_are_those_of_one(name: str, long: Any) -> None:
-    assert long[name, torch.float32]["weights"] < 1e-5
+    (dtype,) = (dtype for case, dtype in long if case == name)
+    assert long[name, dtype]["weights"] < (1e-5 if dtype == torch.float32 else PURE)
 
 
 def test_every_head_and_loss_of_conf_is_a_case() -> None:

@@ -70,7 +70,8 @@ def sampled(callback: ModeCollapseWarning, *values: float | None, **state: Any) 
 
 def test_samples_that_stay_alike_are_warned_of_once(capsys: pytest.CaptureFixture[str]) -> None:
     sampled(ModeCollapseWarning(), 0.1, 0.2, 0.9, 0.3, 0.4, None)
-    sampled(ModeCollapseWarning(), 0.1, 0.1, 0.1, sanity_checking=True)
+    sampled(ModeCollapseWarning(), 0.1, 0.1, 0.1, 0.1, sanity_checking=True)
+    sampled(ModeCollapseWarning(), 0.1, 0.2, 0.3, 0.35, 0.4, 0.45)  # a generator that learns
     assert capsys.readouterr().out == ""
     sampled(ModeCollapseWarning(), 0.9, 0.3, 0.2, 0.1, 0.1, 0.9, 0.1, 0.1, 0.1)
     (line,) = capsys.readouterr().out.splitlines()
@@ -82,7 +83,7 @@ def test_a_resumed_run_counts_on(capsys: pytest.CaptureFixture[str]) -> None:
     first, second = ModeCollapseWarning(), ModeCollapseWarning()
     sampled(first, 0.1, 0.1)
     second.load_state_dict(first.state_dict())
-    sampled(second, 0.1)
+    sampled(second, 0.1, 0.1)
     assert "Mode collapse" in capsys.readouterr().out
     told: Any = SimpleNamespace(callbacks=[second])
     assert len(warnings(told)) == 1

@@ -46,6 +46,7 @@ class CollapseWarning(Callback):
 class ModeCollapseWarning(Callback):
     """Warns, once and again in summary.json, when samples stay too much alike for `patience` validations in a row.
 
+    One in which they are less alike than ever does not count: at the beginning all are alike, and a generator learns.
     The gauge is their Vendi score over that of the data (visiontasks.tasks.generation_metrics.vendi): on Fashion-MNIST
     0.6 for one of ten classes and 0.4 for eight images again and again.
     """
@@ -54,6 +55,7 @@ class ModeCollapseWarning(Callback):
         self.limit = vendi
         self.patience = patience
         self.below = 0  # validations in a row
+        self.most = 0.0  # of the gauge until now
         self.warnings: dict[str, str] = {}
 
     def on_validation_end(self, trainer: Trainer, module: Any) -> None:
@@ -61,18 +63,21 @@ class ModeCollapseWarning(Callback):
         value = trainer.callback_metrics.get(name)
         if value is None or trainer.sanity_checking:
             return
-        self.below = self.below + 1 if bool(value < self.limit) else 0
+        alike = bool(value < self.limit) and float(value) <= self.most
+        self.below = self.below + 1 if alike else 0
+        self.most = max(self.most, float(value))
         if self.below == self.patience and name not in self.warnings:
             self.warnings[name] = (
                 f"Mode collapse in epoch {trainer.current_epoch}: samples are much alike ({name} is {value:.3g}, below "
-                f"{self.limit} {self.patience} times in a row); look at samples/, and try a lower optimizer.lr, "
-                "head.r1=1 or another head=."
+                f"{self.limit} {self.patience} times in a row); look at samples/, and try a lower optimizer.lr "
+                "or another head=; head.r1=1 steadies a game."
             )
             if trainer.is_global_zero:
                 print(f"warning    {self.warnings[name]}", flush=True)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"warnings": self.warnings, "below": self.below}
+        return {"warnings": self.warnings, "below": self.below, "most": self.most}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.warnings, self.below = dict(state_dict["warnings"]), int(state_dict["below"])
+        self.warnings = dict(state_dict["warnings"])
+        self.below, self.most = int(state_dict["below"]), float(state_dict["most"])

@@ -15,6 +15,8 @@ from torchmetrics.classification import (
     MultilabelExactMatch,
     MultilabelF1Score,
 )
+from torchmetrics.functional.classification import binary_calibration_error
+from torchmetrics.utilities.data import dim_zero_cat
 from torchvision.transforms import v2
 
 from visiontasks.contracts import Backbone, Batch, Head, UsageError
@@ -157,13 +159,23 @@ class _LabelMetrics(Metrics):
         return self.sums.compute() | self.metrics.compute(), {}
 
 
+class CalibrationError(MulticlassCalibrationError):
+    """torchmetrics' own, summed in float64: in float32 it depends on the order of the images, by 4e-6 of 22."""
+
+    def compute(self) -> Tensor:
+        confidences, right = dim_zero_cat(self.confidences), dim_zero_cat(self.accuracies)
+        shares = confidences.cpu().double().clamp(0, 1)
+        error = binary_calibration_error(shares, right.cpu().long(), n_bins=self.n_bins, norm=self.norm)
+        return error.to(confidences)
+
+
 class ClassMetrics(_LabelMetrics):
     """Accuracy, top-5, macro F1, mean per-class accuracy and expected calibration error of one class an image."""
 
     def __init__(self, classes: int) -> None:
         metrics: dict[str, Metric | MetricCollection] = {
             "confusion": MulticlassConfusionMatrix(classes),
-            "ece": MulticlassCalibrationError(classes, n_bins=15),
+            "ece": CalibrationError(classes, n_bins=15),
         }
         if classes > TOP:
             metrics["top5"] = MulticlassAccuracy(classes, top_k=TOP, average="micro")
