@@ -5,10 +5,11 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     EarlyStopping,
-    EMAWeightAveraging,
     StochasticWeightAveraging,
     TQDMProgressBar,
+    WeightAveraging,
 )
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 def progress_bar(*, enabled: bool = True, refresh_rate: int = 20) -> TQDMProgressBar | None:
@@ -33,8 +34,15 @@ class _EarlyStopping(EarlyStopping):
             trainer.should_stop = True
 
 
-class Average(EMAWeightAveraging):
-    """An exponential moving average of the weights that stands still while steps are left out."""
+class Average(WeightAveraging):
+    """An exponential moving average of the weights that stands still while steps are left out.
+
+    What never changes stays what it is to the bit, such as frozen weights and the shapes of anchors: it moves by a
+    share of the difference, where Lightning's EMAWeightAveraging adds two shares and rounds.
+    """
+
+    def __init__(self, *, decay: float) -> None:
+        super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *rest: Any) -> None:
         if not pl_module.step_skipped:

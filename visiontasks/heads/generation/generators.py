@@ -28,7 +28,8 @@ class MakeGenerator(Protocol):
 class TransposedGenerator(Generator):
     """Transposed convolutions of 4x4 with stride 2, batch norm and ReLU (Radford et al. 2015, arXiv 1511.06434).
 
-    width is the number of channels of the last hidden map, doubled towards the first one.
+    width is the number of channels of the last hidden map, doubled towards the first one. Where classes are told, an
+    embedding of the class stands beside the latents (Mirza and Osindero 2014, arXiv 1411.1784).
     """
 
     def __init__(
@@ -39,21 +40,24 @@ class TransposedGenerator(Generator):
         num_classes: int = 0,
         latent_dim: int = 128,
         width: int = 64,
+        embedding_dim: int = 64,
     ) -> None:
         super().__init__()
-        if num_classes:
-            raise UsageError("TransposedGenerator cannot be told a class: type head.generator with ResidualGenerator.")
         first, doublings = first_map(image_size)
         self.latent_dim = latent_dim
+        self.embedding = nn.Embedding(num_classes, embedding_dim) if num_classes else None
+        told = latent_dim + (embedding_dim if num_classes else 0)
         widths = [min(width << power, WIDEST) for power in reversed(range(doublings))]
-        layers: list[nn.Module] = [nn.ConvTranspose2d(latent_dim, widths[0], first, bias=False), *_normed(widths[0])]
+        layers: list[nn.Module] = [nn.ConvTranspose2d(told, widths[0], first, bias=False), *_normed(widths[0])]
         for inner, outer in pairwise(widths):
             layers += [nn.ConvTranspose2d(inner, outer, 4, 2, 1, bias=False), *_normed(outer)]
         layers += [nn.ConvTranspose2d(widths[-1], channels, 4, 2, 1), nn.Tanh()]
         self.layers = nn.Sequential(*layers)
         self.apply(_small_normal)
 
-    def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:  # noqa: ARG002
+    def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
+        if self.embedding is not None and labels is not None:
+            latents = torch.cat((latents, self.embedding(labels)), dim=1)  # (B, latent_dim + embedding_dim)
         return self.layers(latents[:, :, None, None])  # type: ignore[no-any-return]  # (B, channels, H, W)
 
 
