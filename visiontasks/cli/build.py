@@ -66,9 +66,8 @@ def build_task(config: Config, *, classes: tuple[str, ...]) -> Task:
     named = config["task"].get("extractor")
     extractor = {} if named is None else {"extractor": partial(build_extractor, named)}
     channels_last = config["channels_last"]
-    settings = instantiate(config["task"], _convert_="all").keywords
-    task = task_of(config)(
-        **settings,
+    make = partial(task_of(config), **instantiate(config["task"], _convert_="all").keywords)
+    task = make(
         backbone=backbone,
         classes=classes,
         head=head,

@@ -29,6 +29,10 @@ class MaskedConv2d(nn.Conv2d):
         padded = F.pad(maps, (self.kernel_size[1] - 1, 0))
         return self._conv_forward(padded, self.weight * self.mask, self.bias)
 
+    def at(self, window: Tensor) -> Tensor:
+        """What it says at the last pixel of windows (B, inner, taps), (B, outer)."""
+        return F.linear(window.flatten(1), (self.weight * self.mask).flatten(1), self.bias)
+
 
 def colour_of(channels: int, colours: int) -> Tensor:
     """The colour that each of some channels belongs to, (channels,)."""
@@ -47,7 +51,7 @@ class GatedLayer(nn.Module):
         self, inner: int, width: int, *, colours: int, kernel: int = 3, first: bool = False, num_classes: int = 0
     ) -> None:
         super().__init__()
-        self.reach = kernel // 2
+        self.reach, self.width = kernel // 2, width
         self.first = first
         self.down = nn.Conv2d(inner, 2 * width, (self.reach + 1, kernel))
         self.between = nn.Conv2d(2 * width, 2 * width, 1)
@@ -56,26 +60,31 @@ class GatedLayer(nn.Module):
         self.told = nn.Embedding(num_classes, 4 * width) if num_classes else None
 
     def forward(self, vertical: Tensor, horizontal: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        vertical, above = self.downwards(vertical, labels)
-        return vertical, self.rightwards(horizontal, above, labels)
-
-    def downwards(self, maps: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The vertical stack's maps, and what the horizontal one is told of the rows above, (B, 2 * width, H, W)."""
         lower = int(self.first)  # rows by which the image is moved
-        padded = F.pad(maps, (self.reach, self.reach, self.reach + lower, -lower))
-        hidden = self.down(padded) + self._of(labels, 0)
-        return gated(hidden), self.between(hidden)
+        vertical, above = self.below(F.pad(vertical, (0, 0, self.reach + lower, -lower)), labels)
+        made = self.out(gated(self.along(horizontal) + above))
+        return vertical, made if self.first else horizontal + made
 
-    def rightwards(self, maps: Tensor, above: Tensor, labels: Tensor | None) -> Tensor:
-        """The horizontal stack's maps, of any number of rows."""
-        made: Tensor = self.out(gated(self.along(maps) + above + self._of(labels, 1)))
-        return made if self.first else maps + made
+    def below(self, maps: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The vertical stack's maps, and what the horizontal one is told of the rows above and the class.
 
-    def _of(self, labels: Tensor | None, stack: int) -> Tensor | float:
-        """What a stack's gates are told of the class, (B, 2 * width, 1, 1)."""
+        Shapes: maps (B, inner, reach + h, W), where each row sees those before it; returns (B, width, h, W) and
+        (B, 2 * width, h, W).
+        """
+        hidden = self.down(F.pad(maps, (self.reach, self.reach)))
+        above: Tensor = self.between(hidden)
         if self.told is None:
-            return 0.0
-        return self.told(labels).chunk(2, dim=1)[stack][:, :, None, None]  # type: ignore[no-any-return]
+            return gated(hidden), above
+        vertical, horizontal = self.told(labels)[:, :, None, None].chunk(2, dim=1)  # (B, 2 * width, 1, 1) each
+        return gated(hidden + vertical), above + horizontal
+
+    def at(self, window: Tensor, above: Tensor) -> Tensor:
+        """The horizontal stack's maps at the last pixel of windows (B, inner, reach + 1), (B, width).
+
+        Shapes: above, what `downwards` says at that pixel, (B, 2 * width).
+        """
+        made = self.out.at(gated(self.along.at(window) + above)[:, :, None])
+        return made if self.first else window[:, :, -1] + made
 
 
 def gated(maps: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """PixelCNN: each pixel's distribution given those before it, from left to right and top to bottom."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import product
 from typing import Any, ClassVar, cast
 
@@ -21,7 +22,7 @@ class PixelCNN(Density):
 
     van den Oord et al. 2016, arXiv 1606.05328. Surprises are exact. Latents are normal numbers, one a pixel and colour:
     the share of a normal distribution that lies below one is looked up in the pixel's distribution. Sampling goes
-    through the pixels one by one; of each layer the rows above are computed once a row.
+    through the pixels one by one, in float32 whatever autocast says.
 
     Args:
         depth: gated layers on those of the backbone, of the same width.
@@ -94,12 +95,13 @@ class PixelCNN(Density):
         layers = [*cast(nn.ModuleList, backbone.layers), *self.layers]
         shares = torch.special.ndtr(latents.double()).view(-1, self.channels, *self.image_size)
         pixels = torch.zeros_like(shares, dtype=torch.float32)
-        for row in range(self.image_size[0]):
-            above = _told(layers, normalised(pixels[:, :, : row + 1]), labels)
-            for column, colour in product(range(self.image_size[1]), range(self.channels)):
-                before = normalised(pixels[:, :, row : row + 1, : column + 1])
-                logits = self.logits(_along(layers, before, above, labels))[:, colour, :, 0, 0]  # (B, values)
-                drawn = looked_up(logits, shares[:, colour, row, column])
+        height, width = self.image_size
+        with torch.autocast(latents.device.type, enabled=False):
+            canvas = _Canvas(layers, pixels, normalised=normalised, labels=labels)
+            for row, column, colour in product(range(height), range(width), range(self.channels)):
+                hidden = self.hidden.at(F.relu(canvas.maps(row, column))[:, :, None])  # (B, hidden)
+                logits = self.last.at(F.relu(hidden)[:, :, None]).unflatten(1, (self.channels, self.values))
+                drawn = looked_up(logits[:, colour], shares[:, colour, row, column])
                 pixels[:, colour, row, column] = self.shown(drawn).float()
         return pixels
 
@@ -123,18 +125,42 @@ def looked_up(logits: Tensor, shares: Tensor) -> Tensor:
     return (sums <= shares[:, None]).sum(dim=1).clamp(max=logits.shape[1] - 1)
 
 
-def _told(layers: list[GatedLayer], images: Tensor, labels: Tensor | None) -> list[Tensor]:
-    """What each layer's horizontal stack is told of the rows above the last one, (B, 2 * width, 1, W)."""
-    told, maps = [], images
-    for layer in layers:
-        maps, above = layer.downwards(maps, labels)
-        told.append(above[:, :, -1:])
-    return told
+class _Canvas:
+    """What gated layers have computed of pictures (B, C, H, W) that are made pixel after pixel, in their order.
 
+    Of a new row the vertical stacks are computed once, of a pixel the horizontal ones, from what lies within reach.
+    """
 
-def _along(layers: list[GatedLayer], images: Tensor, above: list[Tensor], labels: Tensor | None) -> Tensor:
-    """The horizontal stack's last maps at the last pixel of a row's beginning (B, C, 1, w): (B, width, 1, 1)."""
-    maps = images
-    for layer, told in zip(layers, above, strict=True):
-        maps = layer.rightwards(maps, told[:, :, :, : maps.shape[3]], labels)
-    return maps[:, :, :, -1:]
+    def __init__(
+        self, layers: list[GatedLayer], pixels: Tensor, *, normalised: Normalised, labels: Tensor | None
+    ) -> None:
+        self.layers, self.pixels, self.normalised, self.labels = layers, pixels, normalised, labels
+        count, colours, height, width = pixels.shape
+        empty = partial(layers[0].down.weight.new_zeros, count)
+        inner = [colours, *(layer.width for layer in layers[:-1])]
+        pairs = list(zip(layers, inner, strict=True))
+        self.rows = [empty(channels, layer.reach + height, width) for layer, channels in pairs]  # vertical stacks take
+        self.row = [empty(channels, layer.reach + width) for layer, channels in pairs]  # horizontal ones, of this row
+        self.above: list[Tensor] = []  # of each layer (B, 2 * width, W)
+
+    def maps(self, row: int, column: int) -> Tensor:
+        """The last layer's horizontal maps at a pixel, (B, width)."""
+        if column == 0:
+            self.above = list(self._downwards(row))
+        first = max(0, column - 1)  # its last colour was not there yet, and nothing at the pixel itself sees it
+        seen = self.normalised(self.pixels[:, :, row : row + 1, first : column + 1])[:, :, 0]
+        reach = self.layers[0].reach
+        self.row[0][:, :, reach + first : reach + column + 1] = seen
+        maps = seen[:, :, -1]
+        for layer, taken, above in zip(self.layers, self.row, self.above, strict=True):
+            taken[:, :, layer.reach + column] = maps
+            maps = layer.at(taken[:, :, column : column + layer.reach + 1], above[:, :, column])
+        return maps
+
+    def _downwards(self, row: int) -> Iterator[Tensor]:
+        maps = self.normalised(self.pixels[:, :, max(0, row - 1) : max(1, row)])  # the first layer's rows are one lower
+        for layer, rows in zip(self.layers, self.rows, strict=True):
+            if row or not layer.first:
+                rows[:, :, layer.reach + row] = maps[:, :, 0]
+            maps, above = layer.below(rows[:, :, row : row + layer.reach + 1], self.labels)
+            yield above[:, :, 0]
