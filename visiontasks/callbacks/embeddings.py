@@ -16,7 +16,7 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from visiontasks.callbacks.features import Features, Rows, annotations, at_rest
+from visiontasks.callbacks.features import Features, Rows, annotations
 from visiontasks.layers.embeddings import unit
 
 Pixels = NDArray[np.uint8]  # (H, W, 3)

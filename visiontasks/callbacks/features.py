@@ -67,19 +67,6 @@ def moved(value: Any, device: torch.device) -> Any:
     return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
 
-@contextmanager
-def at_rest(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every part is in the mode in which it was."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for part, training in modes.items():
-            part.training = training
-
-
 def annotations(loader: Any) -> dict[str, Any]:
     """One sample of a loader's data, whichever can be read first, the same in every process."""
     data = loader.dataset

@@ -7,7 +7,7 @@ import torch
 from lightning import Callback, Trainer
 from torch import Tensor
 
-from visiontasks.callbacks.features import Features, annotations, at_rest, say
+from visiontasks.callbacks.features import Features, annotations, say
 from visiontasks.contracts import IGNORE, Batch, UsageError
 from visiontasks.layers.distributed import in_order, sum_over_processes
 from visiontasks.tasks.dense_probe import draw_pixels, pixel_features, pixel_logits

@@ -30,6 +30,7 @@ from visiontasks.tasks.base import Prediction, Task
 from visiontasks.tasks.extractors import MakeExtractor, RandomFeatures
 from visiontasks.tasks.generation_metrics import SampleQuality
 from visiontasks.tasks.generative import Generative, normal, rgb, sides
+from visiontasks.tasks.likelihood import Likelihood
 from visiontasks.tasks.metrics import stacked
 from visiontasks.tasks.optimisation import at_rates, parameter_groups
 
@@ -114,8 +115,6 @@ class Generation(Generative):
     @classmethod
     def under(cls, head: type) -> type[Task]:
         """Likelihood where the head is a density: it has one loss, and no critic."""
-        from visiontasks.tasks.likelihood import Likelihood
-
         return Likelihood if issubclass(head, Density) else cls
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:

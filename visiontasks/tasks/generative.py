@@ -62,6 +62,10 @@ class Generative(Task):
         """Pictures of noise (B, latent_dim) and classes (B,), (B, C, H, W) from 0 to 255."""
         raise NotImplementedError
 
+    def reconstruct(self, images: Tensor) -> Tensor | None:  # noqa: ARG002
+        """Images, uint8 (B, 3, H, W) both, as they come back of their codes; None where there are no codes of images."""
+        return None
+
     def compare(self, batch: Batch, labels: Tensor | None) -> None:
         """Shows the metrics a batch's images, those of them that they want, and as many pictures of the same classes."""
         rows = self.metrics.wanted(batch["index"])

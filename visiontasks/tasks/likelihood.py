@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from matplotlib.axes import Axes
-from torch import Tensor
+from torch import Tensor, nn
 
 from visiontasks.contracts import Backbone, Batch, UsageError
 from visiontasks.heads.generation.density import Density, MakeDensity
 from visiontasks.heads.pretraining.draws import draws, image_keys
 from visiontasks.layers.distributed import mean_over_processes
+from visiontasks.layers.modes import at_rest
 from visiontasks.losses.likelihood import bits_per_dim
 from visiontasks.tasks.base import Prediction
 from visiontasks.tasks.extractors import MakeExtractor, RandomFeatures
@@ -76,11 +77,14 @@ class Likelihood(Generative):
 
     def surprise(self, batch: Batch, *, epoch: int) -> Tensor:
         """How surprising each image is, in parts (B, parts), nats."""
-        pixels = self.head.seen(self._in_channels(batch["image"].float()).round())
+        pixels = self._seen(batch["image"])
         keys = image_keys(batch["index"], seed=self.seed, epoch=epoch)
         noise = normal(draws(keys, self.head.drawn))
         features = self(self._normalised(pixels))
         return self.head.surprise(features, pixels, noise, self.labels_of(batch))
+
+    def _seen(self, images: Tensor) -> Tensor:
+        return self.head.seen(self._in_channels(images.float()).round())
 
     def _normalised(self, pixels: Tensor) -> Tensor:
         return self.images({"image": pixels})
@@ -108,18 +112,18 @@ class Likelihood(Generative):
 
     def paint(self, latents: Tensor, labels: Tensor | None) -> Tensor:
         """What the density makes of noise."""
-        return self.head.pictures(latents, labels, backbone=self.backbone, normalised=self._normalised)
+        with at_rest(self):
+            return self.head.pictures(latents, labels, backbone=self.backbone, normalised=self._normalised)
 
-    @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor | None:
-        """Pictures, uint8 (B, 3, H, W), as they come back from their codes; None where the density has none."""
-        pixels = self.head.seen(self._in_channels(images.float()))
-        made = self.head.reconstructions(self(self._normalised(pixels)))
+        with at_rest(self):
+            made = self.head.reconstructions(self(self._normalised(self._seen(images))))
         return None if made is None else as_bytes(made)
 
     def compile_parts(self) -> None:
         for part in (self.backbone, *self.head.children()):
-            part.compile()
+            for network in part if isinstance(part, nn.ModuleList) else (part,):
+                network.compile()
 
     def predictions(self, raw: Tensor) -> list[Prediction]:
         return [{"bits_per_dim": round(bits, 6)} for bits in raw.float().tolist()]

@@ -53,7 +53,7 @@ class VAE(Density):
         height, width = (min(grid, -(-side // levels[-1].stride)) for side in image_size)
         self.grid = (height, width)
         self.code = nn.Linear(levels[-1].channels * height * width, 2 * self.latent_dim)
-        self.log_scale = nn.Parameter(torch.full((channels, 1, 1), math.log(16.0)))  # in steps of a pixel's value
+        self.log_scale = nn.Parameter(torch.full((channels,), math.log(16.0)))  # in steps of a pixel's value
 
     def encode(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
         """The latents' mean and log variance, (B, latent_dim) both."""
@@ -69,8 +69,8 @@ class VAE(Density):
     def surprise(self, features: list[Tensor], pixels: Tensor, noise: Tensor, labels: Tensor | None) -> Tensor:  # noqa: ARG002
         mean, log_variance = self.encode(features)
         latents = mean + torch.exp(log_variance / 2) * noise.to(mean)
-        reconstruction = discretised_logistic(pixels, self.decode(latents), self.log_scale).flatten(1).sum(dim=1)
-        return torch.stack((reconstruction, gaussian_divergence(mean, log_variance)), dim=1)  # (B, 2)
+        surprise = discretised_logistic(pixels, self.decode(latents), self.log_scale[:, None, None])  # (B, C, H, W)
+        return torch.stack((surprise.flatten(1).sum(dim=1), gaussian_divergence(mean, log_variance)), dim=1)  # (B, 2)
 
     def pictures(
         self,
