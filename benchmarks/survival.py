@@ -72,7 +72,7 @@ TASKS = {
         *("trainer.accumulate_grad_batches=2", "trainer.val_check_interval=0.5", "trainer.gradient_clip_val=10"),
     ),
     "pretraining": (
-        *("head=moco", "head.queue=64", "data.train_size=48", "trainer.val_check_interval=4", "data.batch_size=8"),
+        *("head=moco", "head.queue=64", "data.train_size=64", "trainer.val_check_interval=4", "data.batch_size=8"),
         *("callbacks.embeddings=null", "data.probe_images=16", "callbacks.probes.every_n_epochs=2"),
     ),
 }

@@ -47,6 +47,7 @@ MOMENTS = {  # of which method, and at which of its calls, the run ends
     "in a save": (durable, "_write", 3),
     "between a save's renames": (durable, "_sync", 3),
     "before the first save": (Report, "on_train_batch_end", 1),
+    "when training has ended": (Report, "summary", 1),
 }
 
 

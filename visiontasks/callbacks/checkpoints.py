@@ -75,9 +75,10 @@ class LastCheckpoint(Callback):
     def on_fit_start(self, trainer: Trainer, module: Any) -> None:  # noqa: ARG002
         for logger in _metrics_files(trainer):
             logger.keep(self._saved["rows"])
+        self._bring_back_figures(trainer)  # where nothing is left to train, training does not start
 
     def on_train_start(self, trainer: Any, module: Any) -> None:  # noqa: ARG002
-        trainer._logger_connector._callback_metrics.update(self._saved["figures"])
+        self._bring_back_figures(trainer)  # a sanity check forgets them
         trainer.fit_loop._restarting = False  # else an epoch's end would leave out schedulers that monitor a figure
         self._listen()
 
@@ -113,6 +114,9 @@ class LastCheckpoint(Callback):
         self._save(trainer, _between_epochs(trainer))
         if self.signal is not None and world_size() == 1:
             self._leave(trainer)
+
+    def _bring_back_figures(self, trainer: Any) -> None:
+        trainer._logger_connector._callback_metrics.update(self._saved["figures"])
 
     def _stopping(self, step: int) -> bool:
         """Whether it is time to stop: one process does so at once, several together at the step after the next.
