@@ -1,13 +1,12 @@
 """A backbone's features beside its training: seen in evaluation mode, gathered over processes in the images' order."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning import Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
 from visiontasks.contracts import Batch, UsageError
 from visiontasks.layers.distributed import in_order

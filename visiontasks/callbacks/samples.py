@@ -115,12 +115,12 @@ class Reconstructions(Callback):
             self.sheet(images, back.cpu()).save(Path(trainer.default_root_dir) / "reconstructions.png")
 
     def sheet(self, images: Tensor, back: Tensor) -> Image.Image:
-        """Images and what comes back of them, uint8 (B, 3, H, W) both, in turn row by row; a last row that is not full is left out."""
+        """Whole rows of images, uint8 (B, 3, H, W), and below each what comes back of them, of the same shape."""
         columns = min(self.columns, len(images))
-        whole = len(images) // columns * columns
-        pairs = [part[:whole].unflatten(0, (-1, columns)) for part in (images, back)]
-        pictures = torch.stack(pairs, dim=1).flatten(0, 2)  # (rows * 2 * columns, 3, H, W)
-        return sheet_of(pictures, columns, names=["image", "back"] * (whole // columns))
+        rows = len(images) // columns
+        parts = [torch.chunk(part[: rows * columns], rows) for part in (images, back)]
+        pictures = torch.cat([row for pair in zip(*parts, strict=True) for row in pair])
+        return sheet_of(pictures, columns, names=["image", "back"] * rows)
 
 
 class NearestImages(Callback):

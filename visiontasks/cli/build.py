@@ -1,6 +1,6 @@
 """From a composed config to the objects that train."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ def build_task(config: Config, *, classes: tuple[str, ...]) -> Task:
     named = config["task"].get("extractor")
     extractor = {} if named is None else {"extractor": partial(build_extractor, named)}
     channels_last = config["channels_last"]
-    make = partial(task_of(config), **instantiate(config["task"], _convert_="all").keywords)
+    make: Callable[..., Task] = partial(task_of(config), **instantiate(config["task"], _convert_="all").keywords)
     task = make(
         backbone=backbone,
         classes=classes,

@@ -1,4 +1,4 @@
-"""Layers that see of an image only what comes before a pixel: rows above, what is left of it, and its earlier colours."""
+"""Layers that see of an image only what comes before a pixel: rows above, what is left of it, and earlier colours."""
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,8 @@ class MaskedConv2d(nn.Conv2d):
 
     def forward(self, maps: Tensor) -> Tensor:
         padded = F.pad(maps, (self.kernel_size[1] - 1, 0))
-        return self._conv_forward(padded, self.weight * self.mask, self.bias)
+        made: Tensor = self._conv_forward(padded, self.weight * self.mask, self.bias)
+        return made
 
     def at(self, window: Tensor) -> Tensor:
         """What it says at the last pixel of windows (B, inner, taps), (B, outer)."""
@@ -81,7 +82,7 @@ class GatedLayer(nn.Module):
     def at(self, window: Tensor, above: Tensor) -> Tensor:
         """The horizontal stack's maps at the last pixel of windows (B, inner, reach + 1), (B, width).
 
-        Shapes: above, what `downwards` says at that pixel, (B, 2 * width).
+        Shapes: above, what `below` says at that pixel, (B, 2 * width).
         """
         made = self.out.at(gated(self.along.at(window) + above)[:, :, None])
         return made if self.first else window[:, :, -1] + made

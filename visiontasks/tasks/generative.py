@@ -63,11 +63,11 @@ class Generative(Task):
         raise NotImplementedError
 
     def reconstruct(self, images: Tensor) -> Tensor | None:  # noqa: ARG002
-        """Images, uint8 (B, 3, H, W) both, as they come back of their codes; None where there are no codes of images."""
+        """What comes back of images' codes, uint8 (B, 3, H, W) both; None where images have no codes."""
         return None
 
     def compare(self, batch: Batch, labels: Tensor | None) -> None:
-        """Shows the metrics a batch's images, those of them that they want, and as many pictures of the same classes."""
+        """Shows the metrics those of a batch's images that they want, and as many pictures of the same classes."""
         rows = self.metrics.wanted(batch["index"])
         if len(rows):
             index = batch["index"][rows]

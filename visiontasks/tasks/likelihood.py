@@ -33,7 +33,7 @@ class Likelihood(Generative):
         seed: keys what is drawn.
         generator_lr, ema: of a game, and refused; accumulate_grad_batches, gradient_clip_val: left to lightning.Trainer.
 
-    Raises UsageError where the head wants a backbone that sees only what comes before a pixel, and this one sees all.
+    Raises UsageError where the head wants a backbone that sees only what precedes a pixel, and this one sees all.
     """
 
     metrics: "LikelihoodFigures"

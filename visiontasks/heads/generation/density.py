@@ -34,9 +34,7 @@ class Density(nn.Module):
         """The parts of the pictures' surprise, (B, parts), from the backbone's pyramid and normal noise (B, drawn)."""
         raise NotImplementedError
 
-    def pictures(
-        self, latents: Tensor, labels: Tensor | None, *, backbone: Backbone, normalised: Normalised
-    ) -> Tensor:
+    def pictures(self, latents: Tensor, labels: Tensor | None, *, backbone: Backbone, normalised: Normalised) -> Tensor:
         """What is made of noise (B, latent_dim), (B, C, H, W) from 0 to 255."""
         raise NotImplementedError
 

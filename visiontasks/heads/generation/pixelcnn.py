@@ -60,9 +60,7 @@ class PixelCNN(Density):
         width, told = levels[-1].channels // 2, num_classes if self.conditional else 0
         self.image_size, self.channels, self.values = image_size, channels, values
         self.latent_dim = channels * image_size[0] * image_size[1]
-        self.layers = nn.ModuleList(
-            GatedLayer(width, width, colours=channels, num_classes=told) for _ in range(depth)
-        )
+        self.layers = nn.ModuleList(GatedLayer(width, width, colours=channels, num_classes=told) for _ in range(depth))
         self.hidden = MaskedConv2d(width, hidden, colours=channels)
         self.last = MaskedConv2d(hidden, channels * values, colours=channels)
 
@@ -87,11 +85,9 @@ class PixelCNN(Density):
     def logits(self, maps: Tensor) -> Tensor:
         """Of each value of each colour, (B, C, values, h, w), from the horizontal stack's maps."""
         made: Tensor = self.last(F.relu(self.hidden(F.relu(maps))))
-        return made.unflatten(1, (self.channels, self.values))
+        return made.view(len(made), self.channels, self.values, *made.shape[2:])
 
-    def pictures(
-        self, latents: Tensor, labels: Tensor | None, *, backbone: Backbone, normalised: Normalised
-    ) -> Tensor:
+    def pictures(self, latents: Tensor, labels: Tensor | None, *, backbone: Backbone, normalised: Normalised) -> Tensor:
         layers = [*cast(nn.ModuleList, backbone.layers), *self.layers]
         shares = torch.special.ndtr(latents.double()).view(-1, self.channels, *self.image_size)
         pixels = torch.zeros_like(shares, dtype=torch.float32)
@@ -100,7 +96,7 @@ class PixelCNN(Density):
             canvas = _Canvas(layers, pixels, normalised=normalised, labels=labels)
             for row, column, colour in product(range(height), range(width), range(self.channels)):
                 hidden = self.hidden.at(F.relu(canvas.maps(row, column))[:, :, None])  # (B, hidden)
-                logits = self.last.at(F.relu(hidden)[:, :, None]).unflatten(1, (self.channels, self.values))
+                logits = self.last.at(F.relu(hidden)[:, :, None]).view(-1, self.channels, self.values)
                 drawn = looked_up(logits[:, colour], shares[:, colour, row, column])
                 pixels[:, colour, row, column] = self.shown(drawn).float()
         return pixels

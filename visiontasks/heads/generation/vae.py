@@ -18,7 +18,7 @@ class VAE(Density):
 
     Kingma and Welling 2013, arXiv 1312.6114. A pixel is distributed as a logistic distribution rounded to whole numbers
     (losses.likelihood.discretised_logistic), whose mean the decoder gives and whose scale is learnt, one a channel
-    (Rybkin et al. 2020, arXiv 2006.13202): a proper density, so that bits per dimension compare. Pictures are the means.
+    (Rybkin et al. 2020, arXiv 2006.13202): a proper density, so that bits per dimension compare. Pictures are means.
 
     Args:
         generator: makes the decoder.
