@@ -115,7 +115,7 @@ def one_step(task: str, backbone: str, head: str) -> None:
             build_task(parts, classes=("a", "b", "c"))
         return
     if head in CAUSAL:
-        with pytest.raises(UsageError, match="learns each pixel from those before it, and .* sees them all"):
+        with pytest.raises(UsageError, match=r"learns each pixel from those before it, and .* sees them all"):
             build_task(parts, classes=("a", "b", "c"))
         return
     learns(build_task(parts, classes=("a", "b", "c")), least=0.5 if head == "ssd" else 0.7)

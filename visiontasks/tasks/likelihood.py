@@ -31,7 +31,8 @@ class Likelihood(Generative):
         extractor, measured, neighbours: in what features, of how many images and with what neighbourhoods samples are
             compared with real images, see SampleQuality.
         seed: keys what is drawn.
-        generator_lr, ema: of a game, and refused; accumulate_grad_batches, gradient_clip_val: left to lightning.Trainer.
+        generator_lr, ema: of a game, and refused.
+        accumulate_grad_batches, gradient_clip_val: left to lightning.Trainer.
 
     Raises UsageError where the head wants a backbone that sees only what precedes a pixel, and this one sees all.
     """
