@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from omegaconf import OmegaConf
 
 from visiontasks import durable
 from visiontasks.callbacks.report import Report
@@ -530,7 +531,8 @@ def preemptions(given: argparse.Namespace, folder: Path) -> int:
         stored = _loaded(run.folder / "checkpoints" / "last.ckpt")
         taken = sum(1 for rank, *_ in learnt(run.folder) if rank == 0)
         place = stored["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"]
-        ok = code == 128 + signal.SIGTERM and place == taken
+        batches = OmegaConf.load(run.folder / "config.yaml")["trainer"]["accumulate_grad_batches"]  # of a step
+        ok = code == 128 + signal.SIGTERM and place > taken - batches
         good += ok
         _finished(run, run.live(None))
         found = compared(reference.folder, run.folder)

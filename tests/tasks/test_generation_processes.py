@@ -1,6 +1,7 @@
 """Two processes train a generator and its critic as one does on the whole batch."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
+from torch.optim import SGD
 
 from tests.tasks.generation_parts import fit, images, made
 from visiontasks.contracts import Batch
@@ -24,13 +26,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "conditional": ("conditional", {"diffaugment": ("translation",)}),
 }
 ACCUMULATED = 2
+CALM = partial(SGD, lr=0.001, momentum=0.5)  # at 0.01 thirty steps make 1e-3 of a change of 1e-7 on one process itself
 
 
 def weights(name: str, steps: int) -> dict[str, Tensor]:
-    """What is left of a training of so many steps, each of two batches of four images."""
+    """What is left of a training of so many steps, each of two batches of sixteen images."""
     kind, options = CASES[name]
-    task = made(kind, **options, task={"accumulate_grad_batches": ACCUMULATED})
-    own = [_share(batch) for batch in images(8 * steps, batch_size=4)]
+    task = made(kind, **options, task={"accumulate_grad_batches": ACCUMULATED, "optimizer": CALM})
+    own = [_share(batch) for batch in images(32 * steps, batch_size=16)]
     together: dict[str, Any] = {"devices": world_size(), "use_distributed_sampler": False}
     if world_size() > 1:
         together |= {"strategy": "ddp", "sync_batchnorm": True, "plugins": [ProcessBatchNorms()]}

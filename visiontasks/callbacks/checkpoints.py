@@ -107,7 +107,7 @@ class LastCheckpoint(Callback):
         batch_idx: int,  # noqa: ARG002
         dataloader_idx: int = 0,  # noqa: ARG002
     ) -> None:
-        if self.signal is not None and self._saved["step"] == trainer.global_step:
+        if self.signal is not None and 0 < self._saved["step"] == trainer.global_step:
             self._leave(trainer)
 
     def on_train_end(self, trainer: Any, module: Any) -> None:  # noqa: ARG002

@@ -181,7 +181,8 @@ def table(metrics: dict[str, float]) -> str:
     rows = [[name, *(_cell(metrics.get(f"{split}/{name}")) for split in splits)] for name in names]
     width = max(map(len, names))
     lines = [["", *(f"{split}/" for split in splits)], *rows]
-    return "\n".join(f"  {name:<{width}}" + "".join(f"{cell:>10}" for cell in cells) for name, *cells in lines)
+    column = max(10, *(len(cell) + 2 for _, *cells in lines for cell in cells))
+    return "\n".join(f"  {name:<{width}}" + "".join(f"{cell:>{column}}" for cell in cells) for name, *cells in lines)
 
 
 def _cell(value: float | None) -> str:
