@@ -25,12 +25,20 @@ def heads() -> dict[str, list[str]]:
     """The heads of conf/ by the task that they serve; aliases, which bear the name of a task, left out."""
     served: dict[str, list[str]] = {}
     for name in sorted(set(choices("head")) - set(choices("task"))):
-        target = OmegaConf.load(CONF / "head" / f"{name}.yaml")["_target_"]
+        chosen = OmegaConf.load(CONF / "head" / f"{name}.yaml")
+        target = chosen.get("head", chosen)["_target_"]
         served.setdefault(get_class(target).serves, []).append(name)
     return served
 
 
+def causal(head: str) -> bool:
+    """Whether a head of generation comes with a backbone of its own, and fits no other."""
+    target = OmegaConf.load(CONF / "head" / f"{head}.yaml")
+    return getattr(get_class(target.get("head", target)["_target_"]), "causal", False)
+
+
 HEADS = heads()
+CAUSAL = [head for head in HEADS["generation"] if causal(head)]
 CELLS = [(task, backbone, head) for task, heads in HEADS.items() for backbone in choices("backbone") for head in heads]
 FAMILIES = ("vgg11_bn", "resnet18", "resnet20", "mobilenet_v2", "densenet121", "shufflenet_v2", "convnext_tiny", "timm")
 SMALL = {
@@ -44,7 +52,8 @@ SMALL = {
     "swav": ["head.hidden=64"],
     "dino": ["head.hidden=64", "head.outputs=64"],
     "jigsaw": ["head.permutations=9", "head.hidden=64"],
-    **{head: ["head.generator.width=8", "data.image_size=64"] for head in HEADS["generation"]},
+    **{head: ["head.generator.width=8", "data.image_size=64"] for head in HEADS["generation"] if head not in CAUSAL},
+    **{head: ["head.hidden=24", "data.image_size=64"] for head in CAUSAL},
 }
 
 
@@ -105,13 +114,23 @@ def one_step(task: str, backbone: str, head: str) -> None:
         with pytest.raises(UsageError, match="strides"):
             build_task(parts, classes=("a", "b", "c"))
         return
-    built = build_task(parts, classes=("a", "b", "c"))
+    if head in CAUSAL:
+        with pytest.raises(UsageError, match=r"learns each pixel from those before it, and .* sees them all"):
+            build_task(parts, classes=("a", "b", "c"))
+        return
+    learns(build_task(parts, classes=("a", "b", "c")), least=0.5 if head == "ssd" else 0.7)
+
+
+def learns(built: Task, *, least: float) -> None:
+    """Two steps move more than a share of the weights.
+
+    Stochastic depth leaves blocks out; SSD's coarse levels see no object here.
+    """
     learning = [parameter for parameter in built.parameters() if parameter.requires_grad]
     before = [parameter.detach().clone() for parameter in learning]
     assert math.isfinite(step(built))
     assert math.isfinite(step(built))  # a head that starts at zero moves the backbone in the second step
     moved = sum(not torch.equal(old, new) for old, new in zip(before, learning, strict=True))
-    least = 0.5 if head == "ssd" else 0.7  # stochastic depth leaves blocks out; SSD's coarse levels see no object here
     assert moved > least * len(before)
 
 
@@ -124,6 +143,13 @@ def test_a_family_of_backbones_under_a_head(task: str, backbone: str, head: str)
 @pytest.mark.parametrize(("task", "backbone", "head"), [cell for cell in CELLS if not usual(*cell)])
 def test_a_backbone_under_a_head(task: str, backbone: str, head: str) -> None:
     one_step(task, backbone, head)
+
+
+@pytest.mark.parametrize("head", CAUSAL)
+def test_an_autoregressive_head_on_its_own_backbone(head: str) -> None:
+    small = ("backbone.width=12", "backbone.depth=2", "head.hidden=24", "head.values=8", "data.image_size=64")
+    torch.manual_seed(0)
+    learns(build_task(config("task=generation", f"head={head}", *small), classes=("a", "b", "c")), least=0.9)
 
 
 def test_every_task_has_heads() -> None:

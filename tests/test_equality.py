@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import Metric
 
-from tests.test_combinations import HEADS, SMALL, config, default_head
+from tests.test_combinations import CAUSAL, HEADS, SMALL, config, default_head
 from visiontasks.cli.build import build_task
 from visiontasks.cli.command_line import CONF, choices
 from visiontasks.contracts import IGNORE, Backbone, Batch, Level
@@ -46,6 +46,10 @@ OWN = {  # beside the heads with their usual losses, and the losses with their u
     "auxiliary": ("segmentation", "fcn", "task.auxiliary=0.4"),
 }
 ONE_LOSS = [task for task in HEADS if task != "generation"]
+DENSITIES = {  # the heads of generation that have one loss
+    "vae": ("generation", "vae", "task.image_size=64", "head.generator.width=4"),
+    **{head: ("generation", head, "task.image_size=64", "head.values=8", "head.hidden=12") for head in CAUSAL},
+}
 Case = tuple[str, ...]  # task, head, overrides
 Learnt = dict[str, Tensor]
 Evaluated = dict[str, Tensor]
@@ -56,7 +60,7 @@ def cases() -> dict[str, Case]:
     found: dict[str, Case] = {head: (task, head) for task in ONE_LOSS for head in HEADS[task]}
     losses = [name for name in choices("loss") if name not in choices("task")]
     found |= {f"loss={loss}": ("segmentation", default_head("segmentation"), f"loss={loss}") for loss in losses}
-    return found | OWN
+    return found | OWN | DENSITIES
 
 
 CASES = cases()
@@ -101,18 +105,23 @@ def composed(case: Case) -> dict[str, Any]:
     """The config of a case: a composition for each task and loss, in which the rest is changed."""
     task, head, *overrides = case
     loss = [word for word in overrides if word.startswith("loss=")]
-    changed = OmegaConf.create(usual(task, *loss))
-    changed.head = OmegaConf.load(CONF / "head" / f"{head}.yaml")
+    changed = OmegaConf.create(usual(task, *loss, *([f"head={head}"] if task == "generation" else [])))
+    if task != "generation":
+        changed.head = OmegaConf.load(CONF / "head" / f"{head}.yaml")
     small = ["head.width=16"] if task == "detection" and head != "ssd" else []
-    changed.merge_with_dotlist([*SMALL.get(head, []), *small, *(word for word in overrides if word not in loss)])
-    changed.backbone = {"_target_": f"{__name__}.Plain"}
+    small += SMALL.get(head, []) if task != "generation" else []
+    changed.merge_with_dotlist([*small, *(word for word in overrides if word not in loss)])
+    if head in CAUSAL:
+        changed.backbone.update({"depth": 2, "width": 6})
+    else:
+        changed.backbone = {"_target_": f"{__name__}.Plain"}
     container: Any = OmegaConf.to_container(changed, resolve=True)
     return container  # type: ignore[no-any-return]
 
 
 @cache
-def usual(task: str, *loss: str) -> dict[str, Any]:
-    return config(f"task={task}", *loss)
+def usual(task: str, *overrides: str) -> dict[str, Any]:
+    return config(f"task={task}", *overrides)
 
 
 def built(case: Case, dtype: torch.dtype = torch.float32) -> Task:
@@ -324,6 +333,7 @@ def test_thirty_steps_of_several_processes_are_those_of_one(name: str, long: Any
 
 
 def test_every_head_and_loss_of_conf_is_a_case() -> None:
-    heads = set(choices("head")) - set(choices("task")) - set(HEADS["generation"])
+    games = set(HEADS["generation"]) - set(DENSITIES)
+    heads = set(choices("head")) - set(choices("task")) - games
     losses = set(choices("loss")) - set(choices("task"))
     assert heads | {f"loss={loss}" for loss in losses} <= set(CASES)

@@ -6,14 +6,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from visiontasks.backbones.cifar_resnet import CifarResNet
     from visiontasks.backbones.dcgan import DCGAN
+    from visiontasks.backbones.pixelcnn import GatedPixelCNN
     from visiontasks.backbones.timm import TimmBackbone
     from visiontasks.backbones.torchvision import TorchvisionBackbone
 
-__all__ = ["DCGAN", "CifarResNet", "TimmBackbone", "TorchvisionBackbone"]
+__all__ = ["DCGAN", "CifarResNet", "GatedPixelCNN", "TimmBackbone", "TorchvisionBackbone"]
 
 _MODULES = {
     "CifarResNet": "cifar_resnet",
     "DCGAN": "dcgan",
+    "GatedPixelCNN": "pixelcnn",
     "TimmBackbone": "timm",
     "TorchvisionBackbone": "torchvision",
 }

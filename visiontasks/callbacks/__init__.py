@@ -10,7 +10,7 @@ from visiontasks.callbacks.optional import early_stopping, ema, progress_bar, sw
 from visiontasks.callbacks.pictures import ClassBars, ConfusionMatrix, ContactSheets, LearningCurves, PrecisionRecall
 from visiontasks.callbacks.probes import Probes
 from visiontasks.callbacks.report import Report
-from visiontasks.callbacks.samples import Interpolations, NearestImages, SampleSheets
+from visiontasks.callbacks.samples import Interpolations, NearestImages, Reconstructions, SampleSheets
 
 __all__ = [
     "ClassBars",
@@ -28,6 +28,7 @@ __all__ = [
     "NonFinite",
     "PrecisionRecall",
     "Probes",
+    "Reconstructions",
     "Report",
     "SampleSheets",
     "best_checkpoint",

@@ -16,8 +16,9 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from visiontasks.callbacks.features import Features, Rows, annotations, at_rest
+from visiontasks.callbacks.features import Features, Rows, annotations
 from visiontasks.layers.embeddings import unit
+from visiontasks.layers.modes import at_rest
 
 Pixels = NDArray[np.uint8]  # (H, W, 3)
 EXPLAINED = 40  # classes whose colours still fit a legend

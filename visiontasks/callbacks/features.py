@@ -1,13 +1,12 @@
 """A backbone's features beside its training: seen in evaluation mode, gathered over processes in the images' order."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning import Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
 from visiontasks.contracts import Batch, UsageError
 from visiontasks.layers.distributed import in_order
@@ -65,19 +64,6 @@ def moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, list):
         return [moved(item, device) for item in value]
     return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-
-
-@contextmanager
-def at_rest(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every part is in the mode in which it was."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for part, training in modes.items():
-            part.training = training
 
 
 def annotations(loader: Any) -> dict[str, Any]:

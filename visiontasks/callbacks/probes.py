@@ -7,9 +7,10 @@ import torch
 from lightning import Callback, Trainer
 from torch import Tensor
 
-from visiontasks.callbacks.features import Features, annotations, at_rest, say
+from visiontasks.callbacks.features import Features, annotations, say
 from visiontasks.contracts import IGNORE, Batch, UsageError
 from visiontasks.layers.distributed import in_order, sum_over_processes
+from visiontasks.layers.modes import at_rest
 from visiontasks.tasks.dense_probe import draw_pixels, pixel_features, pixel_logits
 from visiontasks.tasks.probes import fit_linear, nearest_classes
 from visiontasks.tasks.segmentation_metrics import PixelConfusion, confusion_figures, predicted_classes

@@ -1,4 +1,4 @@
-"""Pictures of what a generator makes: of the same noise in every epoch, between two noises, beside training images."""
+"""Pictures of what a generator makes: of the same noise in every epoch, between noises, of images, beside images."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,6 +91,36 @@ class Interpolations(Callback):
         labels = torch.tensor(classes).repeat_interleave(self.columns) if module.conditional else None
         names = [module.classes[k] for k in classes] if module.conditional else None
         return sheet_of(made(module, noise.flatten(0, 1), labels), self.columns, names=names)
+
+
+class Reconstructions(Callback):
+    """Draws reconstructions.png when training ends: rows of validation images, and below each what comes back of them.
+
+    A task that has no codes of images, as of a GAN or an autoregressive density, gets no such picture.
+    """
+
+    def __init__(self, *, rows: int = 3, columns: int = 8) -> None:
+        _check_sheet(rows, columns)
+        self.rows = rows
+        self.columns = columns
+
+    def on_train_end(self, trainer: Trainer, module: Any) -> None:
+        data: Any = getattr(trainer, "datamodule")  # noqa: B009
+        loader = data.probe_dataloader("val", images=self.rows * self.columns)
+        images, _ = in_order([(batch["image"], batch["index"]) for batch in loader], torch.device("cpu"))
+        if not trainer.is_global_zero:
+            return
+        back = module.reconstruct(images.to(module.device))
+        if back is not None:
+            self.sheet(images, back.cpu()).save(Path(trainer.default_root_dir) / "reconstructions.png")
+
+    def sheet(self, images: Tensor, back: Tensor) -> Image.Image:
+        """Whole rows of images, uint8 (B, 3, H, W), and below each what comes back of them, of the same shape."""
+        columns = min(self.columns, len(images))
+        rows = len(images) // columns
+        parts = [torch.chunk(part[: rows * columns], rows) for part in (images, back)]
+        pictures = torch.cat([row for pair in zip(*parts, strict=True) for row in pair])
+        return sheet_of(pictures, columns, names=["image", "back"] * rows)
 
 
 class NearestImages(Callback):

@@ -1,6 +1,6 @@
 """From a composed config to the objects that train."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,8 @@ def build_task(config: Config, *, classes: tuple[str, ...]) -> Task:
     named = config["task"].get("extractor")
     extractor = {} if named is None else {"extractor": partial(build_extractor, named)}
     channels_last = config["channels_last"]
-    task: Task = instantiate(config["task"], _convert_="all")(
+    make: Callable[..., Task] = partial(task_of(config), **instantiate(config["task"], _convert_="all").keywords)
+    task = make(
         backbone=backbone,
         classes=classes,
         head=head,
@@ -131,6 +132,12 @@ def _other_data(config: Config) -> bool:
     return bool(learnt["config"]["data"]["_target_"] != config["data"]["_target_"])
 
 
+def task_of(config: Config) -> type[Task]:
+    """The class of the task, which its head may have a say in."""
+    task: type[Task] = get_class(config["task"]["_target_"])
+    return task.under(get_class(config["head"]["_target_"])) if config.get("head") else task
+
+
 def check_head(config: Config, head: Any) -> None:
     """Raises UsageError where the head says that it serves another task."""
     task: type[Task] = get_class(config["task"]["_target_"])
@@ -143,7 +150,7 @@ def check_head(config: Config, head: Any) -> None:
 def build_trainer(config: Config, *, folder: Path, callbacks: Sequence[Callback] = ()) -> Trainer:
     """The trainer with its callbacks and loggers, writing to a run folder."""
     precision, asked = resolved_precision(config["trainer"]["precision"]), config["trainer"]["sync_batchnorm"]
-    task: type[Task] = get_class(config["task"]["_target_"])
+    task = task_of(config)
     together = task.sees_all if asked == "auto" else asked
     options = config["trainer"] | {"precision": precision, "sync_batchnorm": together}
     options |= {key: value for key, value in _STEPPING.items() if task.steps_itself}

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from visiontasks.cli.build import Config
-    from visiontasks.tasks import Generation
+    from visiontasks.tasks.generative import Generative
 
 USAGE = """
 python generate.py run=PATH [n=64] [seed=0] [output=FOLDER] [key=value ...]
@@ -34,12 +34,12 @@ def generate(composed: "DictConfig") -> None:
     from visiontasks.cli.build import load_task, plain
     from visiontasks.cli.evaluate import output_folder
     from visiontasks.cli.train import quieten
-    from visiontasks.tasks.generation import Generation
+    from visiontasks.tasks.generative import Generative
 
     config, folder = plain(composed), output_folder()
     quieten()
     task = load_task(Path(config["checkpoint"]["path"]), config["task"])
-    if not isinstance(task, Generation):
+    if not isinstance(task, Generative):
         raise UsageError(f"{config['run']} is a run of {type(task).__name__}: give one of task=generation.")
     names = asked_classes(config["classes"], task)
     task.to(Fabric(accelerator=config["accelerator"], devices=1).device)
@@ -53,7 +53,7 @@ def generate(composed: "DictConfig") -> None:
     print(f"{len(pictures)} pictures of {height} x {width} pixels, seed {config['seed']}: {folder}")
 
 
-def made(task: "Generation", names: list[str], config: "Config") -> "Tensor":
+def made(task: "Generative", names: list[str], config: "Config") -> "Tensor":
     """The pictures, uint8 (n, 3, H, W), in turn of the named classes, if any."""
     import torch
 
@@ -74,7 +74,7 @@ def write(picture: "Tensor", path: Path) -> None:
     Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)
 
 
-def asked_classes(asked: list[str | int] | None, task: "Generation") -> list[str]:
+def asked_classes(asked: list[str | int] | None, task: "Generative") -> list[str]:
     """The names of the classes to make pictures of, all of them where none is asked for; [] where it is told none."""
     if not task.conditional:
         if asked:

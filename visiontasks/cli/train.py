@@ -137,7 +137,9 @@ def annotations(config: "Config") -> tuple[frozenset[str], frozenset[str]]:
     """What the task needs, and what it takes where the data have it."""
     from hydra.utils import get_class
 
-    task: type[Task] = get_class(config["task"]["_target_"])
+    from visiontasks.cli.build import task_of
+
+    task = task_of(config)
     return task.required(get_class(config["head"]["_target_"])), task.wants
 
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from visiontasks.heads.fpn import FPN
     from visiontasks.heads.generation.gan import GAN, ConditionalGAN
     from visiontasks.heads.generation.generators import ResidualGenerator, TransposedGenerator
+    from visiontasks.heads.generation.pixelcnn import ConditionalPixelCNN, PixelCNN
+    from visiontasks.heads.generation.vae import VAE
     from visiontasks.heads.lraspp import LRASPP
     from visiontasks.heads.pretraining.byol import BYOL, SimSiam
     from visiontasks.heads.pretraining.colorization import Colorization
@@ -40,10 +42,12 @@ __all__ = [
     "LRASPP",
     "MLP",
     "SSD",
+    "VAE",
     "VGG",
     "BarlowTwins",
     "Colorization",
     "ConditionalGAN",
+    "ConditionalPixelCNN",
     "DeepLabV3",
     "DeepLabV3Plus",
     "FasterRCNN",
@@ -53,6 +57,7 @@ __all__ = [
     "MaskRCNN",
     "MoCo",
     "MoCoV3",
+    "PixelCNN",
     "ResidualGenerator",
     "RetinaNet",
     "Rotation",
@@ -71,6 +76,7 @@ _MODULES = {
     "BarlowTwins": "pretraining.redundancy",
     "Colorization": "pretraining.colorization",
     "ConditionalGAN": "generation.gan",
+    "ConditionalPixelCNN": "generation.pixelcnn",
     "DINO": "pretraining.dino",
     "DeepLabV3": "deeplab",
     "DeepLabV3Plus": "deeplab",
@@ -85,6 +91,7 @@ _MODULES = {
     "MaskRCNN": "detection.mask_rcnn",
     "MoCo": "pretraining.moco",
     "MoCoV3": "pretraining.moco",
+    "PixelCNN": "generation.pixelcnn",
     "ResidualGenerator": "generation.generators",
     "RetinaNet": "detection.retinanet",
     "Rotation": "pretraining.rotation",
@@ -96,6 +103,7 @@ _MODULES = {
     "SwAV": "pretraining.swav",
     "TransposedGenerator": "generation.generators",
     "UNet": "unet",
+    "VAE": "generation.vae",
     "VICReg": "pretraining.redundancy",
 }
 

@@ -7,10 +7,11 @@ if TYPE_CHECKING:
     from visiontasks.tasks.classification import Classification
     from visiontasks.tasks.detection import Detection
     from visiontasks.tasks.generation import Generation
+    from visiontasks.tasks.likelihood import Likelihood
     from visiontasks.tasks.pretraining import Pretraining
     from visiontasks.tasks.segmentation import Segmentation
 
-__all__ = ["Classification", "Detection", "Generation", "Pretraining", "Segmentation"]
+__all__ = ["Classification", "Detection", "Generation", "Likelihood", "Pretraining", "Segmentation"]
 
 
 def __getattr__(name: str) -> Any:

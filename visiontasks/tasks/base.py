@@ -84,6 +84,11 @@ class Task(LightningModule):
         """The annotations that the task needs under a kind of head."""
         return cls.needs
 
+    @classmethod
+    def under(cls, head: type) -> "type[Task]":  # noqa: ARG003
+        """The class that the task is of under a kind of head."""
+        return cls
+
     def images(self, batch: Batch) -> Tensor:
         """The batch's uint8 images as the backbone wants them: float, normalised, in its channels and layout."""
         pixels = self._in_channels(batch["image"].float())  # (B, C, H, W)

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from visiontasks.contracts import Backbone, Batch, UsageError
+from visiontasks.heads.generation.density import Density
 from visiontasks.heads.generation.gan import MakeGAN
 from visiontasks.heads.pretraining.draws import draws, image_keys
 from visiontasks.layers import diffaugment as augment
@@ -28,16 +29,16 @@ from visiontasks.losses.adversarial import OBJECTIVES, Term, gradient_penalty, r
 from visiontasks.tasks.base import Prediction, Task
 from visiontasks.tasks.extractors import MakeExtractor, RandomFeatures
 from visiontasks.tasks.generation_metrics import SampleQuality
+from visiontasks.tasks.generative import Generative, normal, rgb, sides
+from visiontasks.tasks.likelihood import Likelihood
 from visiontasks.tasks.metrics import stacked
 from visiontasks.tasks.optimisation import at_rates, parameter_groups
 
-_EVALUATION = -1  # the epoch to which the draws of an evaluation belong
-_FIXED = -2  # and those of `latents`
 LOUD = (1, 10, 100, 1000)  # steps left out, of which the person is told
 Weights = dict[str, Tensor]  # by name in a network; what is not named is the network's own
 
 
-class Generation(Task):
+class Generation(Generative):
     """Learns to make pictures: a generator against a critic, which is the backbone under a head with one output.
 
     A step is one of the critic, on accumulate_grad_batches batches; every head.critic_steps-th is followed by one of
@@ -58,11 +59,7 @@ class Generation(Task):
         seed: keys what is drawn.
     """
 
-    needs: frozenset[str] = frozenset()
-    wants: frozenset[str] = frozenset({"label"})
-    sees_all: ClassVar[bool] = True
     steps_itself: ClassVar[bool] = True
-    metrics: SampleQuality
 
     def __init__(
         self,
@@ -85,7 +82,7 @@ class Generation(Task):
     ) -> None:
         super().__init__(backbone=backbone, classes=classes, monitor=monitor, mode=mode, **shared)
         self.automatic_optimization = False
-        self.image_size = _sides(image_size)
+        self.image_size = sides(image_size)
         self.channels = min(backbone.in_channels, 3)
         self.head = head(
             levels=backbone.levels, num_classes=len(classes), image_size=self.image_size, channels=self.channels
@@ -109,32 +106,16 @@ class Generation(Task):
         self.register_load_state_dict_pre_hook(_unbake)  # type: ignore[no-untyped-call]
         self.train()
 
-    @property
-    def conditional(self) -> bool:
-        """Whether samples of a class can be asked for."""
-        return self.head.conditional
+    def paint(self, latents: Tensor, labels: Tensor | None) -> Tensor:
+        """What the averaged generator makes."""
+        self.average.eval()
+        pictures: Tensor = self.average(latents, labels)
+        return (pictures.float() + 1) * 127.5
 
     @classmethod
-    def required(cls, head: type) -> frozenset[str]:
-        return frozenset({"label"}) if getattr(head, "conditional", False) else cls.needs
-
-    def latents(self, count: int, *, seed: int = 0) -> Tensor:
-        """Noise for so many pictures, a function of the seed alone, (count, latent_dim)."""
-        keys = image_keys(torch.arange(count, device=self.device), seed=seed, epoch=_FIXED)
-        return normal(draws(keys, self.head.latent_dim))
-
-    @torch.no_grad()
-    def sample(self, latents: Tensor, labels: Tensor | None = None, *, truncation: float = 1.0) -> Tensor:
-        """Pictures of the averaged generator, uint8 (B, 3, H, W) RGB.
-
-        truncation below 1 draws the noise closer to its mean: less variety, more typical pictures. Shapes: latents (B,
-        latent_dim); labels (B,), needed where the task is conditional. Raises UsageError where they are missing.
-        """
-        if self.conditional and labels is None:
-            raise UsageError("This generator makes pictures of a class: give labels, one a picture.")
-        self.average.eval()
-        pictures = self.average(latents * truncation, labels if self.conditional else None)
-        return rgb((pictures.float() + 1) * 127.5).clamp(0, 255).round().byte()
+    def under(cls, head: type) -> type[Task]:
+        """Likelihood where the head is a density: it has one loss, and no critic."""
+        return Likelihood if issubclass(head, Density) else cls
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """The critic's scores of normalised images, (B,)."""
@@ -206,17 +187,7 @@ class Generation(Task):
         keys = image_keys(batch["index"], seed=self.seed, epoch=self.current_epoch)
         sizes = [self.head.latent_dim, self.head.latent_dim, augment.DRAWS, augment.DRAWS, augment.DRAWS, 1]
         first, second, real, fake, made, mix = torch.split(draws(keys, sum(sizes)), sizes, dim=1)
-        return Drawn(normal(first), normal(second), real, fake, made, mix[:, 0], self._labels(batch))
-
-    def _labels(self, batch: Batch) -> Tensor | None:
-        if not self.conditional:
-            return None
-        labels: Tensor = batch["label"]
-        if labels.ndim > 1:
-            raise UsageError(
-                "A conditional generator takes one class an image and these have several: type head=sngan."
-            )
-        return labels
+        return Drawn(normal(first), normal(second), real, fake, made, mix[:, 0], self.labels_of(batch))
 
     def critic_loss(self, real: Tensor, drawn: "Drawn") -> Tensor:
         """What the critic is to make small; pictures are (B, C, H, W) in -1..1."""
@@ -312,12 +283,8 @@ class Generation(Task):
 
     def evaluation_step(self, batch: Batch) -> Tensor:
         """The critic's scores of each image, (B,); the metrics see as many pictures of the same classes."""
-        labels, rows = self._labels(batch), self.metrics.wanted(batch["index"])
-        if len(rows):
-            index = batch["index"][rows]
-            keys = image_keys(index, seed=self.seed, epoch=_EVALUATION)
-            fake = self.sample(normal(draws(keys, self.head.latent_dim)), None if labels is None else labels[rows])
-            self.metrics.update(batch["image"][rows], fake, index)
+        labels = self.labels_of(batch)
+        self.compare(batch, labels)
         return self(self.images(batch), labels).float()  # type: ignore[no-any-return]
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002
@@ -360,10 +327,7 @@ class Generation(Task):
         if not isinstance(self.trainer.strategy, DDPStrategy | SingleDeviceStrategy):
             name = type(self.trainer.strategy).__name__
             raise UsageError(f"Generation cannot train under {name}: type trainer.strategy=ddp or auto.")
-        self.metrics.prepare()
-        if self.trainer.is_global_zero:
-            lines = [*self.notes(), *self.metrics.notes()]
-            print("".join(f"{line}\n" for line in lines), end="", flush=True)
+        super().on_fit_start()
 
     def notes(self) -> list[str]:
         """Lines for the person who starts the run."""
@@ -413,9 +377,6 @@ class Generation(Task):
     def predictions(self, raw: Tensor) -> list[Prediction]:
         return [{"score": round(score, 6)} for score in raw.float().tolist()]
 
-    def truths(self, batch: Batch) -> list[Prediction]:
-        return [{} for _ in batch["index"]]
-
     def errors(self, raw: Tensor, batch: Batch) -> dict[str, Tensor]:  # noqa: ARG002
         """None: the critic's score is no answer that could be wrong."""
         return {}
@@ -451,17 +412,6 @@ def held(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def normal(numbers: Tensor) -> Tensor:
-    """Normal numbers for even ones, whole multiples of 2 ** -24 from 0 to below 1."""
-    found: Tensor = torch.special.ndtri(numbers.double() + 2.0**-25)
-    return found.float()
-
-
-def rgb(pictures: Tensor) -> Tensor:
-    """Pictures (B, C, H, W) with their one grey channel, if they have no more, as three."""
-    return pictures.expand(-1, 3, -1, -1)
-
-
 def _statistics(*networks: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """The buffers of the batch norms that move, and what they hold."""
     layers = [layer for network in networks for layer in network.modules() if isinstance(layer, _BatchNorm)]
@@ -471,11 +421,6 @@ def _statistics(*networks: nn.Module) -> list[tuple[Tensor, Tensor]]:
 def _values(network: nn.Module) -> Iterator[Tensor]:
     yield from network.parameters()
     yield from network.buffers()
-
-
-def _sides(size: int | Iterable[int]) -> tuple[int, int]:
-    sides = [size, size] if isinstance(size, int) else list(size)
-    return sides[0], sides[1]
 
 
 def _bake(task: Generation, state: dict[str, Any], prefix: str, metadata: Any) -> None:  # noqa: ARG001
