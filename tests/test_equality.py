@@ -37,6 +37,7 @@ TOLERANCE = 1e-6  # relative to the norm, in float32
 ROUNDED = 3e-5  # in float32 where a batch norm divides by small deviations; in float64 they are as near as the others
 CANCELLING = {"rotation", "fcn8s", "fcn16s", "fcn32s"}  # one process is itself off by 2e-6 to 7e-6 in float32
 PURE = 1e-10  # in float64
+CHOOSING = dict.fromkeys(("faster_rcnn", "mask_rcnn"), 1e-4)  # among near equals: one process is 1e-5 off by rounding
 SIZES = (1, 2, 3, 5, 21, 22)  # images of an evaluation
 OWN = {  # beside the heads with their usual losses, and the losses with their usual head
     "class weights": ("classification", "linear", "task.class_weights=[1,2,3,4,5,6]"),
@@ -329,7 +330,7 @@ def test_the_figures_of_several_processes_are_those_of_one(name: str, images: in
 @pytest.mark.parametrize("name", CASES)
 def test_thirty_steps_of_several_processes_are_those_of_one(name: str, long: Any) -> None:
     (dtype,) = (dtype for case, dtype in long if case == name)
-    assert long[name, dtype]["weights"] < (1e-5 if dtype == torch.float32 else PURE)
+    assert long[name, dtype]["weights"] < (PURE if dtype == torch.float64 else CHOOSING.get(name, 1e-5))
 
 
 def test_every_head_and_loss_of_conf_is_a_case() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from visiontasks.callbacks.metrics_file import MetricsFile
 from visiontasks.durable import save_archive, verify
-from visiontasks.layers.distributed import announced, share_first, world_size
+from visiontasks.layers.distributed import announced, anywhere, share_first, world_size
 from visiontasks.layers.lifetime import launched
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
@@ -112,7 +112,7 @@ class LastCheckpoint(Callback):
 
     def on_train_end(self, trainer: Any, module: Any) -> None:  # noqa: ARG002
         self._save(trainer, _between_epochs(trainer))
-        if self.signal is not None and world_size() == 1:
+        if anywhere(self.signal is not None):
             self._leave(trainer)
 
     def _bring_back_figures(self, trainer: Any) -> None:
