@@ -133,7 +133,7 @@ def test_every_method_runs_on_its_papers_views(head: str, call: Callable[..., No
 
 @pytest.mark.exhaustive
 def test_two_processes_pretrain_as_one(tmp_path: Path) -> None:
-    settings = ["head=byol", "head.hidden=32", "optimizer=sgd", "optimizer.lr=0.01", "trainer.precision=32"]
+    settings = ["head=byol", "head.hidden=32", "optimizer=sgd", "optimizer.lr=0.001", "trainer.precision=32"]
     summaries = []
     for name, words in {
         "one": ["trainer=cpu", "data.batch_size=16"],

@@ -8,9 +8,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from lightning import Callback, Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
@@ -233,6 +234,11 @@ def _averaged_buffers(trainer: Any) -> list[Tensor]:
 
 class _BestCheckpoint(ModelCheckpoint):
     """Lightning's, which would forget the best figure of a run whose folder has moved."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Keeps the optimiser beside weights in shards, whose strategy loads no weights without."""
+        self.save_weights_only = not isinstance(trainer.strategy, ModelParallelStrategy)
+        super().setup(trainer, pl_module, stage)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         file = str(Path(str(self.dirpath)) / "best.ckpt")

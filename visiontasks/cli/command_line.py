@@ -45,7 +45,7 @@ def run(
 
         if before is not None:
             before(arguments)
-        sys.argv[1:] = with_user_conf(at_one_time([quoted(argument) for argument in arguments], config))
+        sys.argv[1:] = with_user_conf(sweep_first(at_one_time([quoted(argument) for argument in arguments], config)))
         failures: list[Exception] = []
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config)(_kept_quiet(job, failures))()
         if failures:
@@ -76,6 +76,11 @@ def conf_folders() -> list[Path]:
     """Our conf/ and, where the working directory has another one, the user's own."""
     own = Path.cwd() / "conf"
     return [CONF, own] if own.is_dir() and own.resolve() != CONF.resolve() else [CONF]
+
+
+def sweep_first(arguments: list[str]) -> list[str]:
+    """The arguments with -m ahead of the overrides: Hydra refuses those on both sides of it."""
+    return sorted(arguments, key=lambda argument: argument not in {"-m", "--multirun"})
 
 
 def with_user_conf(arguments: list[str]) -> list[str]:

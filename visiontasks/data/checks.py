@@ -187,7 +187,7 @@ def balance(found: Look, classes: tuple[str, ...]) -> Verdict:
     if not classes or not found.counts.any():
         return Verdict("classes", "ok", "there are no classes to balance")
     shares = found.counts / found.counts.sum()
-    most, least = int(shares.argmax()), int(shares.argmin())
+    most, least = int(np.argmax(shares)), int(np.argmin(shares))
     told = f"{classes[most]} is {shares[most]:.1%} of the {found.unit}, {classes[least]} {shares[least]:.1%}"
     absent = [name for name, count in zip(classes, found.counts, strict=True) if not count]
     if absent:

@@ -4,6 +4,7 @@ from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 
@@ -20,7 +21,8 @@ def gradients_finite(optimizer: Optimizer) -> Tensor:
     Asked of one norm over all, so that a norm above 1.8e19, whose square float32 does not hold, is not finite either.
     """
     gradients = [parameter.grad for parameter in learnt(optimizer) if parameter.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients).isfinite()
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).isfinite()
 
 
 def drop_gradients(optimizer: Optimizer) -> None:

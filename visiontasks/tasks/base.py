@@ -104,14 +104,16 @@ class Task(LightningModule):
         raise UsageError(f"The images have {found} channels and the backbone takes {wanted}: type in_channels={found}.")
 
     def configure_model(self) -> None:
-        """Shards the parts over all processes where trainer=fsdp."""
+        """Shards the parts over all processes where trainer=fsdp, whose weights have to be contiguous."""
         if self.device_mesh is not None:
-            shard(self, self.device_mesh["data_parallel"])
+            shard(self.to(memory_format=torch.contiguous_format), self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         rate = self.learning_rate()
         chosen = {} if rate is None else {"lr": rate}
         optimizer = at_rates(self.optimizer(parameter_groups(self, self.pace), **chosen))
+        if self.device_mesh is not None and isinstance(optimizer, torch.optim.SGD) and optimizer.defaults["fused"]:
+            raise UsageError("Weights in shards have no fused SGD: type optimizer.fused=false.")
         schedule: Any = self.scheduler(optimizer, total_steps=int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 

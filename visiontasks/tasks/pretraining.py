@@ -136,7 +136,8 @@ class Pretraining(Task):
     def _seen(self, backbone: nn.Module, images: Tensor) -> Pyramid:
         if self.checkpointing and torch.is_grad_enabled():
             contexts = partial(_recomputing, backbone)
-            return checkpoint(backbone, images, use_reentrant=False, context_fn=contexts)
+            features: Pyramid = checkpoint(backbone, images, use_reentrant=False, context_fn=contexts)
+            return features
         return backbone(images)  # type: ignore[no-any-return]
 
     def learning_rate(self) -> float | None:

@@ -131,8 +131,8 @@ def distant_permutations(count: int) -> NDArray[np.uint8]:
     nearest = np.zeros(every.shape[1], np.int64)  # and with the one that it agrees with most
     chosen = [0]
     while len(chosen) < count:
-        agreed = np.add.reduce(every == every[:, chosen[-1], None], axis=0, dtype=np.uint8)
+        agreed = np.sum(every == every[:, chosen[-1], None], axis=0, dtype=np.uint8)
         alike += agreed
         np.maximum(nearest, agreed, out=nearest)
-        chosen.append(int((nearest * (TILES * count + 1) + alike).argmin()))
+        chosen.append(int(np.argmin(nearest * (TILES * count + 1) + alike)))
     return every[:, chosen].T.copy()
