@@ -35,7 +35,8 @@ EQUAL = {2: ((0, 1, 2), (3, 4, 5)), 3: ((0, 1), (2, 3), (4, 5))}
 EMPTY = 2
 TOLERANCE = 1e-6  # relative to the norm, in float32
 ROUNDED = 3e-5  # in float32 where a batch norm divides by small deviations; in float64 they are as near as the others
-CANCELLING = {"rotation", "fcn8s", "fcn16s", "fcn32s"}  # one process is itself off by 2e-6 to 7e-6 in float32
+CANCELLING = {"rotation": 1e-5}  # of four turns nearly nothing is left: one process is off by 2e-6 in float32 itself
+LONG_SUMS = {"fcn8s", "fcn16s", "fcn32s"}  # one process is off by 7e-6 in float32 itself
 PURE = 1e-10  # in float64
 CHOOSING = dict.fromkeys(("faster_rcnn", "mask_rcnn"), 1e-4)  # among near equals: one process is 1e-5 off by rounding
 SIZES = (1, 2, 3, 5, 21, 22)  # images of an evaluation
@@ -259,7 +260,7 @@ def precisions(case: Case, *, full: bool) -> list[torch.dtype]:
 
     In thirty steps of float32 SimCLR's weights are 0.09 off on one process itself; in float64 processes agree to 1e-13.
     """
-    if not normed(built(case)) and case[1] not in CANCELLING:
+    if not normed(built(case)) and case[1] not in LONG_SUMS:
         return [torch.float32]
     return [torch.float32, torch.float64] if full else [torch.float64]
 
@@ -278,7 +279,7 @@ def ran(folder: Path, processes: int, *, steps: int = 1, full: bool = False) -> 
 def check_gradient(found: Any, name: str) -> None:
     limits = {torch.float32: TOLERANCE, torch.float64: PURE}
     errors = {dtype: found[name, dtype]["gradient"] for dtype in limits if (name, dtype) in found}
-    limits[torch.float32] = ROUNDED if torch.float64 in errors else TOLERANCE
+    limits[torch.float32] = ROUNDED if torch.float64 in errors else CANCELLING.get(name, TOLERANCE)
     assert errors
     assert all(error < limits[dtype] for dtype, error in errors.items()), errors
 
