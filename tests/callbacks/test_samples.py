@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from tests.callbacks.watched import scenes, trainer_of
-from visiontasks.callbacks import Interpolations, NearestImages, SampleSheets, samples
+from visiontasks.callbacks import Interpolations, NearestImages, Reconstructions, SampleSheets, samples
 from visiontasks.callbacks.samples import animate, between, evenly, features_of, sheet_of
 from visiontasks.contracts import UsageError
 from visiontasks.tasks.extractors import RandomFeatures
@@ -220,3 +220,30 @@ def test_two_processes_see_all_training_images_and_one_draws(tmp_path: Path) -> 
 def test_an_empty_sheet_is_refused(make: Any) -> None:
     with pytest.raises(UsageError, match="shows nothing"):
         make()
+
+
+def test_images_stand_above_what_comes_back_of_them(tmp_path: Path) -> None:
+    module: Any = Painter()
+    trainer = trainer_of(module, scenes(), default_root_dir=tmp_path)
+    given: list[Tensor] = []
+    module.reconstruct = lambda images: (given.append(images), 255 - images)[1]
+    Reconstructions(rows=2, columns=4).on_train_end(trainer, module)
+    sheet = pixels(Image.open(tmp_path / "reconstructions.png"))
+    step = SIDE * (samples.SHOWN // SIDE) + samples.GAP
+    picture = sheet[:, -(4 * step - samples.GAP) :]
+    assert len(given[0]) == 8
+    assert len(picture) == 4 * step - samples.GAP
+    for place, image in enumerate(given[0]):
+        top, left = place // 4 * 2 * step, place % 4 * step
+        colour = image[:, 0, 0].tolist()
+        assert picture[top, left].tolist() == colour
+        assert picture[top + step, left].tolist() == [255 - value for value in colour]
+    images = torch.zeros(5, 3, SIDE, SIDE, dtype=torch.uint8)
+    assert pixels(Reconstructions(columns=3).sheet(images, images)).shape[0] == 2 * step - samples.GAP  # no short row
+
+
+def test_what_has_no_codes_gets_no_reconstructions(tmp_path: Path) -> None:
+    module: Any = Painter()
+    module.reconstruct = lambda _: None
+    Reconstructions().on_train_end(trainer_of(module, scenes(), default_root_dir=tmp_path), module)
+    assert not list(tmp_path.iterdir())

@@ -14,6 +14,7 @@ from visiontasks import heads
 from visiontasks.contracts import Batch
 from visiontasks.heads.generation.generators import ResidualGenerator, TransposedGenerator
 from visiontasks.tasks import Generation
+from visiontasks.tasks.base import Task
 from visiontasks.tasks.optimisation import constant
 
 SIDE = 16
@@ -56,7 +57,7 @@ def images(count: int = 8, *, batch_size: int = 8) -> list[Batch]:
     return [{key: values[row] for key, values in everything.items()} for row in rows]
 
 
-def fit(task: Generation, batches: list[Batch], *, ckpt: Path | None = None, **options: Any) -> Trainer:
+def fit(task: Task, batches: list[Batch], *, ckpt: Path | None = None, **options: Any) -> Trainer:
     """Trains a task on batches, in their order."""
     chosen: dict[str, Any] = {"max_epochs": 1, "accelerator": "cpu", "devices": 1} | options
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}

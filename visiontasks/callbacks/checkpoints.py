@@ -233,10 +233,12 @@ def _averaged_buffers(trainer: Any) -> list[Tensor]:
 
 
 class _BestCheckpoint(ModelCheckpoint):
-    """Lightning's, which would forget the best figure of a run whose folder has moved."""
+    """Lightning's, which would forget the best figure of a run whose folder has moved.
+
+    It saves weights alone, but for weights in shards, whose strategy loads none without the optimiser.
+    """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Keeps the optimiser beside weights in shards, whose strategy loads no weights without."""
         self.save_weights_only = not isinstance(trainer.strategy, ModelParallelStrategy)
         super().setup(trainer, pl_module, stage)
 
@@ -257,9 +259,7 @@ def last_checkpoint(*, folder: str, every_n_train_steps: int | None = None) -> L
 
 def best_checkpoint(*, folder: str, monitor: str, mode: str) -> ModelCheckpoint:
     """Saves the weights, without the optimiser's state, as best.ckpt whenever the monitored figure is the best yet."""
-    return _BestCheckpoint(
-        _folder(folder), "best", monitor=monitor, mode=mode, save_weights_only=True, enable_version_counter=False
-    )
+    return _BestCheckpoint(_folder(folder), "best", monitor=monitor, mode=mode, enable_version_counter=False)
 
 
 def _folder(run: str) -> Path:

@@ -69,8 +69,8 @@ class ModeCollapseWarning(Callback):
         if self.below == self.patience and name not in self.warnings:
             self.warnings[name] = (
                 f"Mode collapse in epoch {trainer.current_epoch}: samples are much alike ({name} is {value:.3g}, below "
-                f"{self.limit} {self.patience} times in a row); look at samples/, and try a lower optimizer.lr "
-                "or another head=; head.r1=1 steadies a game."
+                f"{self.limit} {self.patience} times in a row); look at samples/, and try a lower optimizer.lr, "
+                "head.r1=1 or another head=."
             )
             if trainer.is_global_zero:
                 print(f"warning    {self.warnings[name]}", flush=True)

@@ -29,7 +29,7 @@ from visiontasks.losses.adversarial import OBJECTIVES, Term, gradient_penalty, r
 from visiontasks.tasks.base import Prediction, Task
 from visiontasks.tasks.extractors import MakeExtractor, RandomFeatures
 from visiontasks.tasks.generation_metrics import SampleQuality
-from visiontasks.tasks.generative import Generative, normal, rgb, sides
+from visiontasks.tasks.generative import Generative, normal, rgb
 from visiontasks.tasks.likelihood import Likelihood
 from visiontasks.tasks.metrics import stacked
 from visiontasks.tasks.optimisation import at_rates, parameter_groups
@@ -80,13 +80,9 @@ class Generation(Generative):
         mode: str = "min",
         **shared: Any,
     ) -> None:
-        super().__init__(backbone=backbone, classes=classes, monitor=monitor, mode=mode, **shared)
+        shared |= {"monitor": monitor, "mode": mode}
+        super().__init__(backbone=backbone, classes=classes, head=head, image_size=image_size, seed=seed, **shared)
         self.automatic_optimization = False
-        self.image_size = sides(image_size)
-        self.channels = min(backbone.in_channels, 3)
-        self.head = head(
-            levels=backbone.levels, num_classes=len(classes), image_size=self.image_size, channels=self.channels
-        )
         self.average = copy.deepcopy(self.head.generator).requires_grad_(False)
         self.spectral = nn.ModuleDict()
         if self.head.spectral_norm:
@@ -96,7 +92,6 @@ class Generation(Generative):
         self.ema = ema
         self.accumulate_grad_batches = accumulate_grad_batches
         self.gradient_clip_val = gradient_clip_val
-        self.seed = seed
         self.metrics = SampleQuality(extractor, samples=measured, neighbours=neighbours)
         self.left_out = 0  # steps that were not finite
         self._waiting: list[Drawn] = []  # of the batches since the last step

@@ -6,7 +6,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from visiontasks.contracts import Batch, UsageError
+from visiontasks.contracts import Backbone, Batch, UsageError
+from visiontasks.heads.generation.density import MakeDensity
+from visiontasks.heads.generation.gan import MakeGAN
 from visiontasks.heads.pretraining.draws import draws, image_keys
 from visiontasks.tasks.base import Prediction, Task
 from visiontasks.tasks.generation_metrics import SampleQuality
@@ -18,8 +20,8 @@ FIXED = -2  # and those of `latents`
 class Generative(Task):
     """Makes pictures like the data's out of noise, each of a class where its head is told one.
 
-    A subclass has `head` with `latent_dim` and `conditional`, `image_size`, `seed` and `metrics`, and implements
-    `paint`. What is drawn for an image is a function of (seed, epoch, index).
+    Its head has `latent_dim` and `conditional`; a subclass has `metrics`, and implements `paint`. What is drawn for an
+    image is a function of (seed, epoch, index).
     """
 
     needs: frozenset[str] = frozenset()
@@ -27,10 +29,25 @@ class Generative(Task):
     sees_all: ClassVar[bool] = True
     shards: ClassVar[bool] = False  # parts of heads are used outside a forward
     metrics: SampleQuality
-    head: Any
-    image_size: tuple[int, int]
-    seed: int
     left_out: int = 0  # steps that were not finite, of a task that steps itself
+
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        classes: tuple[str, ...],
+        head: MakeGAN | MakeDensity,
+        image_size: int | Iterable[int],
+        seed: int,
+        **shared: Any,
+    ) -> None:
+        super().__init__(backbone=backbone, classes=classes, **shared)
+        self.image_size = _sides(image_size)
+        self.channels = min(backbone.in_channels, 3)
+        self.head: Any = head(
+            levels=backbone.levels, num_classes=len(classes), image_size=self.image_size, channels=self.channels
+        )
+        self.seed = seed
 
     @property
     def conditional(self) -> bool:
@@ -119,7 +136,6 @@ def as_bytes(pictures: Tensor) -> Tensor:
     return rgb(pictures).clamp(0, 255).round().byte()
 
 
-def sides(size: int | Iterable[int]) -> tuple[int, int]:
-    """Height and width of one side or both."""
+def _sides(size: int | Iterable[int]) -> tuple[int, int]:
     both = [size, size] if isinstance(size, int) else list(size)
     return both[0], both[1]

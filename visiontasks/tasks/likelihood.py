@@ -17,7 +17,7 @@ from visiontasks.losses.likelihood import bits_per_dim
 from visiontasks.tasks.base import Prediction
 from visiontasks.tasks.extractors import MakeExtractor, RandomFeatures
 from visiontasks.tasks.generation_metrics import SampleQuality
-from visiontasks.tasks.generative import EVALUATION, Generative, as_bytes, normal, sides
+from visiontasks.tasks.generative import EVALUATION, Generative, as_bytes, normal
 from visiontasks.tasks.metrics import Figures, Sums
 
 
@@ -37,6 +37,7 @@ class Likelihood(Generative):
     Raises UsageError where the head wants a backbone that sees only what precedes a pixel, and this one sees all.
     """
 
+    head: Density
     metrics: "LikelihoodFigures"
 
     def __init__(
@@ -58,15 +59,10 @@ class Likelihood(Generative):
         mode: str = "min",
         **shared: Any,
     ) -> None:
-        super().__init__(backbone=backbone, classes=classes, monitor=monitor, mode=mode, **shared)
         _check_no_game(generator_lr, ema)
-        self.image_size = sides(image_size)
-        self.channels = min(backbone.in_channels, 3)
-        self.seed = seed
         _check_causal(head, backbone)
-        self.head: Density = head(
-            levels=backbone.levels, num_classes=len(classes), image_size=self.image_size, channels=self.channels
-        )
+        shared |= {"monitor": monitor, "mode": mode}
+        super().__init__(backbone=backbone, classes=classes, head=head, image_size=image_size, seed=seed, **shared)
         self.bits = partial(bits_per_dim, dimensions=self.channels * self.image_size[0] * self.image_size[1])
         self.metrics = LikelihoodFigures(
             self.head, bits=self.bits, make=extractor, samples=measured, neighbours=neighbours
