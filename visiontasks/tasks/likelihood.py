@@ -131,7 +131,7 @@ class Likelihood(Generative):
     def draw(self, axes: Axes, image: Tensor, prediction: Prediction, truth: Prediction | None) -> None:  # noqa: ARG002
         """Draws the image with its bits a dimension: the more, the less likely."""
         axes.imshow(image.permute(1, 2, 0).numpy())
-        axes.set_title(f"{prediction['bits_per_dim']:.2f}")
+        axes.set_title(f"{prediction['bits_per_dim']:.2f} bits")
 
 
 class LikelihoodFigures(SampleQuality):
