@@ -7,6 +7,8 @@ line of a case says where our step's time goes. Three settings:
     float32     both sides in float32, their weights and images in torch's usual layout
     bfloat16    both sides with bfloat16 autocast, their weights and images channels-last
     default     each side as it comes: ours as in bfloat16, where the processor has it, torchvision's as in float32
+
+--device cuda measures on a GPU.
 """
 
 import argparse
@@ -75,12 +77,12 @@ class Mine(nn.Module):
         self.fast = fast
 
     def loss(self, batch: Batch) -> Tensor:
-        with precision(self.fast):
+        with precision(batch["image"], fast=self.fast):
             terms = self.task.head.loss(self.task(self.task.images(batch)), batch["targets"], keys=batch["index"])
-        return sum((total / count.clamp(min=1) for total, count in terms.values()), torch.zeros(()))
+        return torch.stack([total / count.clamp(min=1) for total, count in terms.values()]).sum()
 
     def detections(self, batch: Batch) -> Any:
-        with precision(self.fast):
+        with precision(batch["image"], fast=self.fast):
             return self.task.head.detections(self.task(self.task.images(batch)), **THRESHOLDS)
 
 
@@ -95,20 +97,20 @@ class Peer(nn.Module):
 
     def loss(self, batch: Batch) -> Tensor:
         targets = [one | {"labels": one["labels"] + self.first} for one in batch["targets"]]
-        with precision(self.fast):
+        with precision(batch["image"], fast=self.fast):
             losses = self.detector.train()(self._images(batch), targets)
-        return sum((loss.float() for loss in losses.values()), torch.zeros(()))
+        return torch.stack([loss.float() for loss in losses.values()]).sum()
 
     def detections(self, batch: Batch) -> Any:
-        with precision(self.fast):
+        with precision(batch["image"], fast=self.fast):
             return self.detector.eval()(self._images(batch))
 
     def _images(self, batch: Batch) -> list[Tensor]:
         return list(batch["image"].float() / 255)
 
 
-def precision(fast: bool) -> AbstractContextManager[Any]:
-    return torch.autocast("cpu", torch.bfloat16, enabled=fast)
+def precision(images: Tensor, *, fast: bool) -> AbstractContextManager[Any]:
+    return torch.autocast(images.device.type, torch.bfloat16, enabled=fast)
 
 
 def mine(head: Any, *, fast: bool) -> Mine:
@@ -160,48 +162,56 @@ def faster_rcnn_pair(size: int, fast: tuple[bool, bool]) -> tuple[Mine, Peer]:
 PAIRS = {"FCOS": fcos_pair, "RetinaNet": retinanet_pair, "Faster R-CNN": faster_rcnn_pair}
 
 
-def made_batch(size: int, images: int) -> Batch:
+def made_batch(size: int, images: int, device: str) -> Batch:
     """Noise with ten objects an image."""
     corners = torch.rand(images, 10, 2) * size * 0.7
     sides = (0.05 + 0.25 * torch.rand(images, 10, 2)) * size
     boxes = torch.cat([corners, corners + sides], dim=2)
     labels = torch.randint(0, len(CLASSES), (images, 10))
     pixels = torch.randint(0, 256, (images, size, size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
-    targets = [{"boxes": own, "labels": named} for own, named in zip(boxes, labels, strict=True)]
-    return {"image": pixels, "targets": targets, "index": torch.arange(images)}
+    pairs = zip(boxes.to(device), labels.to(device), strict=True)
+    targets = [{"boxes": own, "labels": named} for own, named in pairs]
+    return {"image": pixels.to(device), "targets": targets, "index": torch.arange(images, device=device)}
 
 
 def trained(model: Mine | Peer, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
     """Seconds of one optimiser step."""
     model.train()
-    start = time.perf_counter()
+    start = now()
     model.loss(batch).backward()
     optimizer.step()
     optimizer.zero_grad()
-    return time.perf_counter() - start
+    return now() - start
 
 
 @torch.no_grad()
 def inferred(model: Mine | Peer, batch: Batch) -> float:
     """Seconds of the detections of a batch."""
     model.eval()
-    start = time.perf_counter()
+    start = now()
     model.detections(batch)
-    return time.perf_counter() - start
+    return now() - start
+
+
+def now() -> float:
+    """The clock once the accelerator, where there is one, has done its work."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def shares(model: Mine, batch: Batch) -> dict[str, float]:
     """Parts of one step's time: backbone, head and loss forwards, and everything's backward."""
-    task, marks = model.task.train(), [time.perf_counter()]
-    with precision(model.fast):
+    task, marks = model.task.train(), [now()]
+    with precision(batch["image"], fast=model.fast):
         features = task.backbone(task.images(batch))
-        marks.append(time.perf_counter())
+        marks.append(now())
         raw = task.head(features)
-        marks.append(time.perf_counter())
+        marks.append(now())
         terms = task.head.loss(raw, batch["targets"], keys=batch["index"])
-        marks.append(time.perf_counter())
-    sum((total for total, _ in terms.values()), torch.zeros(())).backward()
-    marks.append(time.perf_counter())
+        marks.append(now())
+    torch.stack([total for total, _ in terms.values()]).sum().backward()
+    marks.append(now())
     model.zero_grad()
     parts = [after - before for before, after in pairwise(marks)]
     return {name: part / sum(parts) for name, part in zip(("backbone", "head", "loss", "backward"), parts, strict=True)}
@@ -210,7 +220,8 @@ def shares(model: Mine, batch: Batch) -> dict[str, float]:
 def compare(name: str, setting: str, *, rounds: int, batch: Batch) -> None:
     """Prints what a step, inference and memory cost of torchvision's."""
     torch.manual_seed(0)
-    models = PAIRS[name](batch["image"].shape[-1], SETTINGS[setting])
+    device = batch["image"].device
+    models = [model.to(device) for model in PAIRS[name](batch["image"].shape[-1], SETTINGS[setting])]
     optimizers = [torch.optim.SGD(model.parameters(), lr=1e-4) for model in models]
     steps, inferences = [], []
     for _ in range(rounds + 1):
@@ -232,9 +243,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--heads", nargs="+", choices=PAIRS, default=list(PAIRS))
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     given = parser.parse_args()
-    settings = [setting for setting in given.settings if native_bfloat16() or setting == "float32"]
-    batch = made_batch(given.size, given.batch)
+    halves = given.device != "cpu" or native_bfloat16()
+    settings = [setting for setting in given.settings if halves or setting == "float32"]
+    batch = made_batch(given.size, given.batch, given.device)
     for name in given.heads:
         for setting in settings:
             compare(name, setting, rounds=given.rounds, batch=batch)
