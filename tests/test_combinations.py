@@ -93,7 +93,7 @@ def step(task: Task) -> float:
     views = getattr(task.head, "fewest", 0)
     side = 128 if isinstance(task.head, Jigsaw) else 64
     batch |= {"views": [torch.randint(0, 256, (4, 3, side, side), dtype=torch.uint8) for _ in range(views)]}
-    optimizer = torch.optim.SGD(task.parameters(), lr=0.1)
+    optimizer = torch.optim.Adam(task.parameters(), lr=1e-3)  # moves all that has a gradient, and none far
     task.train()
     loss: Tensor = both_losses(task, batch) if isinstance(task, Generation) else task.training_step(batch, 0)
     loss.backward()
@@ -116,6 +116,10 @@ def one_step(task: str, backbone: str, head: str) -> None:
         return
     if head in CAUSAL:
         with pytest.raises(UsageError, match=r"learns each pixel from those before it, and .* sees them all"):
+            build_task(parts, classes=("a", "b", "c"))
+        return
+    if head == "wgan_gp" and backbone.startswith("mobilenet_v3"):
+        with pytest.raises(UsageError, match=r"a layer without a second derivative \(hardsigmoid"):
             build_task(parts, classes=("a", "b", "c"))
         return
     learns(build_task(parts, classes=("a", "b", "c")), least=0.5 if head == "ssd" else 0.7)

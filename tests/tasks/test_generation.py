@@ -284,6 +284,62 @@ def test_grey_backbones_make_grey_pictures() -> None:
     assert torch.equal(pictures[:, 0], pictures[:, 2])
 
 
+class Deep(Tiny):
+    """Residual blocks behind one another, whose values would double in each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()) for _ in range(60)
+        )
+        for layer in self.blocks.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        first, x = super().forward(images)
+        for block in self.blocks:
+            x = x + block(x)
+        return [first, x]
+
+
+def test_batch_norms_that_keep_their_statistics_have_some() -> None:
+    torch.manual_seed(0)
+    task = Generation(backbone=Deep(), head=game("wasserstein"), image_size=SIDE)
+    assert not any(layer.training for layer in task.backbone.modules() if isinstance(layer, nn.BatchNorm2d))
+    pictures = task.images(images(64, batch_size=64)[0])
+    assert task(pictures).abs().max() < 100  # 2 ** 30 without
+    again = Generation(backbone=Deep(), head=game("wasserstein"), image_size=SIDE)
+    again.load_state_dict(task.state_dict())
+    assert torch.equal(again(pictures), task(pictures))
+
+
+def test_batch_norms_that_have_statistics_keep_them() -> None:
+    backbone = Tiny()
+    for layer in backbone.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.running_mean.fill_(0.5)  # type: ignore[union-attr]
+    before = copy.deepcopy(backbone.state_dict())
+    task = Generation(backbone=backbone, head=game("r1"), image_size=SIDE)
+    assert all(torch.equal(value, before[name]) for name, value in task.backbone.state_dict().items())
+
+
+def test_a_layer_without_a_second_derivative_is_refused_under_a_penalty() -> None:
+    backbone = Tiny()
+    backbone.stages[1][2] = nn.Hardsigmoid()  # type: ignore[index, operator]
+    with pytest.raises(UsageError, match=r"backbone=Tiny has a layer without a second derivative \(hardsigmoid"):
+        Generation(backbone=backbone, head=game("wasserstein"), image_size=SIDE)
+    Generation(backbone=backbone, head=game("hinge"), image_size=SIDE)
+
+
+def test_under_spectral_norms_places_are_added_up() -> None:
+    maps = [torch.randn(2, 8, 3, 5)]
+    for name, share in (("hinge", 1.0), ("non_saturating", 1 / 15)):
+        critic = made(name).head.critic
+        expected = maps[0].flatten(2).sum(dim=2) @ critic.linear.weight[0] * share + critic.linear.bias
+        assert torch.allclose(critic(maps), expected, atol=1e-5)
+
+
 def test_what_cannot_train_is_refused() -> None:
     with pytest.raises(UsageError, match="scheduler=cosine or constant"):
         fit(made(task={"scheduler": plateau}), images())

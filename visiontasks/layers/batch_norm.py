@@ -82,6 +82,29 @@ class ProcessBatchNorms(TorchSyncBatchNorm):
         return model
 
 
+@torch.no_grad()
+def settle(network: nn.Module, forward: Callable[[], object]) -> None:
+    """Gives those batch norms of a network that have seen nothing yet the statistics of what `forward` shows it.
+
+    Layers whose statistics are kept from the start on would else norm nothing, and a deep network's values grow or fade
+    from layer to layer. Leaves the network in evaluation.
+    """
+    network.eval()
+    layers = [layer for layer in network.modules() if isinstance(layer, _BatchNorm) and _unseen(layer)]
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.train().momentum = None  # the statistics of all that is seen, and nothing else
+    forward()
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.eval().momentum = momentum
+
+
+def _unseen(layer: _BatchNorm) -> bool:
+    """Whether the statistics are those that a layer is made with."""
+    mean, variance = layer.running_mean, layer.running_var
+    return mean is not None and variance is not None and not mean.any() and bool((variance == 1).all())
+
+
 class _Normalise(torch.autograd.Function):
     """The norm with given moments, whose gradient knows that they are those of all processes."""
 

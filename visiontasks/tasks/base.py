@@ -41,6 +41,8 @@ class Task(LightningModule):
     loss_weights: dict[str, float]  # by the losses' names
     sees_all: ClassVar[bool] = False  # its batch norms want statistics over all processes
     shards: ClassVar[bool] = True  # its parts use their parameters within their forward alone, as sharding wants it
+    otherwise: ClassVar[str] = ""  # what to type where the data lack what its head needs
+    full_precision: ClassVar[bool] = False  # trainer.precision=auto is float32 for it
     steps_itself: ClassVar[bool] = False  # it has several optimisers, and accumulates and clips gradients itself
     panels: ClassVar[int] = 1  # pictures side by side that `draw` makes of one image
     unit: ClassVar[str] = "images"  # what the confusion matrix counts

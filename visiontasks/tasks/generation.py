@@ -2,12 +2,14 @@
 
 import copy
 import math
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
@@ -23,6 +25,7 @@ from visiontasks.heads.generation.density import Density
 from visiontasks.heads.generation.gan import MakeGAN
 from visiontasks.heads.pretraining.draws import draws, image_keys
 from visiontasks.layers import diffaugment as augment
+from visiontasks.layers.batch_norm import settle
 from visiontasks.layers.distributed import average_over_processes, mean_over_processes
 from visiontasks.layers.spectral import SpectralNorm
 from visiontasks.losses.adversarial import OBJECTIVES, Term, gradient_penalty, r1
@@ -34,6 +37,7 @@ from visiontasks.tasks.likelihood import Likelihood
 from visiontasks.tasks.metrics import stacked
 from visiontasks.tasks.optimisation import at_rates, parameter_groups
 
+SETTLING = 16  # pictures of noise that batch norms settle on
 LOUD = (1, 10, 100, 1000)  # steps left out, of which the person is told
 Weights = dict[str, Tensor]  # by name in a network; what is not named is the network's own
 
@@ -59,6 +63,7 @@ class Generation(Generative):
         seed: keys what is drawn.
     """
 
+    full_precision: ClassVar[bool] = True  # the game goes worse in bfloat16, see docs/generation.md
     steps_itself: ClassVar[bool] = True
 
     def __init__(
@@ -87,6 +92,8 @@ class Generation(Generative):
         self.spectral = nn.ModuleDict()
         if self.head.spectral_norm:
             self.spectral.update({"backbone": SpectralNorm(backbone), "critic": SpectralNorm(self.head.critic)})
+        if self.judges_alone:
+            self._settle()
         self.objective = OBJECTIVES[self.head.objective]
         self.generator_lr = generator_lr
         self.ema = ema
@@ -100,6 +107,31 @@ class Generation(Generative):
         self.register_state_dict_post_hook(_bake)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_unbake)  # type: ignore[no-untyped-call]
         self.train()
+
+    def _settle(self) -> None:
+        """Gives the batch norms that will keep their statistics those of noise that is as rough as images are."""
+        size = (SETTLING, self.backbone.in_channels, *self.image_size)
+        noise = rough_noise(size, torch.Generator().manual_seed(self.seed))
+        weights = {place: norm.normalised(network) for place, norm, network in self.normalised()}
+        settle(self.backbone, lambda: self._call("backbone", self.backbone, weights, noise))
+        if self.head.penalised:
+            self._check_derivatives(noise[:1], weights)
+
+    def _check_derivatives(self, image: Tensor, weights: dict[str, Weights]) -> None:
+        """Raises UsageError where a layer of the critic has no second derivative, which a penalty learns by."""
+        labels = torch.zeros(1, dtype=torch.long)
+        try:
+            r1(lambda images: self._judged(images, labels, weights), image)[0].backward()  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            missing = re.search(r"derivative for (?:aten::)?(\w+) is not implemented", str(error))
+            if missing is None:
+                raise
+            name = getattr(self.backbone, "name", type(self.backbone).__name__)
+            raise UsageError(
+                f"backbone={name} has a layer without a second derivative ({missing[1]}), and a gradient "
+                "penalty needs it: type another backbone, or head.gradient_penalty=0 head.r1=0."
+            ) from error
+        self.zero_grad()
 
     def paint(self, latents: Tensor, labels: Tensor | None) -> Tensor:
         """What the averaged generator makes."""
@@ -392,6 +424,14 @@ class Drawn(NamedTuple):
     generator_numbers: Tensor
     mix: Tensor  # (B,)
     labels: Tensor | None
+
+
+def rough_noise(size: tuple[int, int, int, int], generator: torch.Generator) -> Tensor:
+    """Normal noise (B, C, H, W) of variance 1, a quarter of which lies at each of four scales."""
+    *count, height, width = size
+    sides = [(max(1, height >> power), max(1, width >> power)) for power in range(4)]
+    scales = [torch.randn(*count, *side, generator=generator) for side in sides]
+    return torch.stack([F.interpolate(scale, (height, width)) for scale in scales]).sum(dim=0) / 2
 
 
 @contextmanager

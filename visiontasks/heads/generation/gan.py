@@ -23,8 +23,8 @@ class GAN(nn.Module):
         gradient_penalty: weight of Gulrajani's penalty between real and generated images; 0 is off.
         r1: Mescheder's gamma, the weight of the gradients at real images; 0 is off.
         diffaugment: what alters the images that the critic sees: colour, translation, cutout.
-        batch_norms: whether the critic's batch norms see the batch; else they keep their statistics, and each image is
-            judged by itself.
+        batch_norms: whether the critic's batch norms see the batch; else they keep their statistics, those of noise
+            where they have no others, and each image is judged by itself.
 
     Shapes: as a module it is the critic's end, a pyramid whose last map is (B, C, H, W), and classes (B,) of a
     conditional one, to scores (B,). Raises UsageError where an option is not known or two contradict each other.
@@ -56,7 +56,7 @@ class GAN(nn.Module):
             raise UsageError(f"head.critic_steps={critic_steps} is no number of steps: give 1 or more.")
         told = num_classes if self.conditional else 0
         self.generator = generator(image_size=image_size, channels=channels, num_classes=told)
-        self.critic = Critic(levels[-1].channels, told)
+        self.critic = Critic(levels[-1].channels, told, summed=spectral_norm)
         self.objective = objective
         self.critic_steps = critic_steps
         self.spectral_norm = spectral_norm
@@ -87,17 +87,22 @@ class ConditionalGAN(GAN):
 class Critic(nn.Module):
     """One number an image: a linear layer on the coarsest map averaged over its places, and where classes are told the
     product with an embedding of the class.
+
+    summed adds the places up, as Miyato and Koyama 2018 (arXiv 1802.05637) do: under spectral norms no weight could
+    make up for what an average takes away, and real and generated images would score alike.
     """
 
-    def __init__(self, channels: int, classes: int) -> None:
+    def __init__(self, channels: int, classes: int, *, summed: bool = False) -> None:
         super().__init__()
+        self.summed = summed
         self.linear = nn.Linear(channels, 1)
         self.embedding = nn.Embedding(classes, channels) if classes else None
         if self.embedding is not None:
             nn.init.normal_(self.embedding.weight, std=channels**-0.5)
 
     def forward(self, features: list[Tensor], labels: Tensor | None = None) -> Tensor:
-        pooled = features[-1].mean(dim=(2, 3))  # (B, C)
+        coarsest = features[-1]
+        pooled = coarsest.sum(dim=(2, 3)) if self.summed else coarsest.mean(dim=(2, 3))  # (B, C)
         scores: Tensor = self.linear(pooled)[:, 0]
         if self.embedding is None or labels is None:
             return scores  # (B,)
