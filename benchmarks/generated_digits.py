@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 SURE = 0.9
 BATCH = 250
 SETTINGS = ("backbone=resnet20", "augment=light_geometry", "task.label_smoothing=0", "data.batch_size=64")
-KEPT = ("digits", "digit_size", "image_size", "train_size")  # of the data that the generator has learnt from
+KEPT = ("digits", "digit_size", "plain", "image_size", "train_size")  # of the data that the generator has learnt from
 
 
 def learn(data: dict[str, object], epochs: int, folder: Path) -> Path:

@@ -11,6 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,14 @@ from overhead import CLASSES, Batches, Ready, composed, ours
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from visiontasks.cli.build import build_task, native_bfloat16
+from visiontasks.cli.build import build_task
 from visiontasks.cli.train import quieten
 from visiontasks.tasks import Generation
 
 WORDS = ("task=generation", "callbacks.nearest=null", "callbacks.interpolations=null", "callbacks.samples=null")
 CASES: dict[str, tuple[str, ...]] = {
-    "head=dcgan, as it comes": (),
+    "as it comes": (),
+    "head=dcgan trainer.precision=bf16-mixed": ("head=dcgan", "trainer.precision=bf16-mixed"),
     "head=sngan backbone=resnet20": ("head=sngan", "head.generator.width=16", "backbone=resnet20"),
 }
 TARGET = 1.03
@@ -43,8 +45,9 @@ GAMES: dict[str, Game] = {
 class Bare:
     """A plain loop over the networks of a task."""
 
-    def __init__(self, task: Generation, steps: int) -> None:
+    def __init__(self, task: Generation, steps: int, precision: str) -> None:
         self.task = task.train()
+        self.autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=precision == "bf16-mixed")
         self.backbone, self.critic, self.generator = task.backbone, task.head.critic, task.head.generator
         self.of_critic, self.of_generator = GAMES[task.head.objective]
         if task.head.spectral_norm:
@@ -60,24 +63,24 @@ class Bare:
             torch.optim.lr_scheduler.LambdaLR(each, lambda step: 1 - step / steps) for each in self.optimizers
         ]
 
-    def scores(self, images: Tensor) -> Tensor:
+    def scores(self, images: Tensor, labels: Tensor) -> Tensor:
         seen = images.contiguous(memory_format=self.task.memory_format)
-        judged: Tensor = self.critic(self.backbone(seen)).float()
+        judged: Tensor = self.critic(self.backbone(seen), labels).float()
         return judged
 
-    def step(self, number: int, pixels: Tensor) -> None:
+    def step(self, number: int, pixels: Tensor, labels: Tensor) -> None:
         noise = torch.randn(2, len(pixels), self.task.head.latent_dim)
-        with torch.autocast("cpu", torch.bfloat16, enabled=native_bfloat16()):
+        with self.autocast():
             with torch.no_grad():
-                fake = self.generator(noise[0]).float()
+                fake = self.generator(noise[0], labels).float()
             torch.clear_autocast_cache()
-            loss = self.of_critic(self.scores(pixels.float() / 127.5 - 1), self.scores(fake))
+            loss = self.of_critic(self.scores(pixels.float() / 127.5 - 1, labels), self.scores(fake, labels))
         self.learn(0, loss)
         if number % self.task.head.critic_steps == 0:
             for parameter in [*self.backbone.parameters(), *self.critic.parameters()]:
                 parameter.requires_grad_(False)
-            with torch.autocast("cpu", torch.bfloat16, enabled=native_bfloat16()):
-                loss = self.of_generator(self.scores(self.generator(noise[1]).float()))
+            with self.autocast():
+                loss = self.of_generator(self.scores(self.generator(noise[1], labels).float(), labels))
             self.learn(1, loss)
             for parameter in [*self.backbone.parameters(), *self.critic.parameters()]:
                 parameter.requires_grad_(True)
@@ -95,12 +98,12 @@ class Bare:
         torch._foreach_lerp_(average, own, 0.001)
 
 
-def bare(_: dict[str, Any], task: Generation, data: Ready, __: Path) -> float:
+def bare(config: dict[str, Any], task: Generation, data: Ready, _: Path) -> float:
     """Seconds a step of the plain loop."""
-    loop = Bare(task, len(data.batches))
+    loop = Bare(task, len(data.batches), config["trainer"]["precision"])
     start = time.perf_counter()
     for number, batch in enumerate(data.train_dataloader(), start=1):
-        loop.step(number, batch["image"])
+        loop.step(number, batch["image"], batch["label"])
     return (time.perf_counter() - start) / len(data.batches)
 
 

@@ -119,7 +119,7 @@ def test_a_run_is_resumed_where_it_was(run: Path, call: Callable[..., None], tmp
     ("words", "sentence"),
     [
         (["head=linear"], "serves task=classification and the task is generation"),
-        (["head=cgan", "data.digits=[1,3]"], "The task needs label"),
+        (["data.digits=[1,3]"], "type head=dcgan (which is told no class) or data.digits=[1,1]"),
         (["find_lr=true"], "type find_lr=false"),
         (["data.image_size=30"], "data.image_size=30 is not 4 to 7 pixels doubled"),
     ],

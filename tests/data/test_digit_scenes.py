@@ -139,3 +139,14 @@ def test_contradictory_options(options: dict[str, Any]) -> None:
 def test_class_names_are_ordered() -> None:
     data = DigitScenes()
     assert all(left < right for left, right in pairwise(data.read_classes()))
+
+
+def test_plain_digits_are_white_on_black() -> None:
+    source = scenes(digits=(1, 1), digit_size=(0.8, 0.95), image_size=32, plain=True)
+    for index in range(20):
+        sample = source[index]
+        image, mask = np.asarray(sample["image"]), np.asarray(sample["mask"])
+        assert (image == image[..., :1]).all()
+        assert image.max() > 250
+        assert image[mask == 0].mean() < 20
+        assert image[mask > 0].mean() > 150

@@ -149,8 +149,8 @@ def check_head(config: Config, head: Any) -> None:
 
 def build_trainer(config: Config, *, folder: Path, callbacks: Sequence[Callback] = ()) -> Trainer:
     """The trainer with its callbacks and loggers, writing to a run folder."""
-    precision, asked = resolved_precision(config["trainer"]["precision"]), config["trainer"]["sync_batchnorm"]
-    task = task_of(config)
+    task, asked = task_of(config), config["trainer"]["sync_batchnorm"]
+    precision = resolved_precision(config["trainer"]["precision"], full=task.full_precision)
     together = task.sees_all if asked == "auto" else asked
     options = config["trainer"] | {"precision": precision, "sync_batchnorm": together}
     options |= {key: value for key, value in _STEPPING.items() if task.steps_itself}
@@ -200,11 +200,14 @@ def native_bfloat16() -> bool:
     return bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16"))
 
 
-def resolved_precision(precision: Any) -> Any:
-    """The precision to train in: where it is "auto", bf16-mixed if the accelerator has bfloat16 natively, else 32."""
+def resolved_precision(precision: Any, *, full: bool = False) -> Any:
+    """The precision to train in: where it is "auto", bf16-mixed if the accelerator has bfloat16 natively, else 32.
+
+    full is whether "auto" is 32 in any case.
+    """
     if precision != "auto":
         return precision
-    return "bf16-mixed" if native_bfloat16() else "32-true"
+    return "bf16-mixed" if native_bfloat16() and not full else "32-true"
 
 
 def one_column_wide(task: Task, data: DataModule) -> bool:

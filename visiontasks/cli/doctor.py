@@ -105,11 +105,11 @@ def examined(composed: "DictConfig", config: "Config", folder: Path) -> Iterator
     """The verdicts, in the order in which the data, the task and its first steps are looked at."""
     from visiontasks.callbacks import examination as see
     from visiontasks.cli.build import begin_transfer, build_data, build_task, start_backbone
-    from visiontasks.cli.train import annotations, monitoring
+    from visiontasks.cli.train import monitoring, select
     from visiontasks.data import checks
 
     data = build_data(config)
-    data.select(*annotations(config))
+    select(data, config)
     data.setup()
     looked = checks.look(data)
     yield checks.files(looked, max_bad_fraction=data.max_bad_fraction)

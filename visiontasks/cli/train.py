@@ -111,7 +111,7 @@ def one_run(composed: "DictConfig") -> float:
     quieten()
     seed_everything(config["seed"], workers=True, verbose=False)
     data = build_data(config)
-    data.select(*annotations(config))
+    select(data, config)
     data.setup()
     config = monitoring(composed, config, labelled="label" in data.keys)
     if config["task"].get("class_weights") == "balanced":
@@ -133,14 +133,14 @@ def one_run(composed: "DictConfig") -> float:
     return finish(trainer, task, test=config["test"])
 
 
-def annotations(config: "Config") -> tuple[frozenset[str], frozenset[str]]:
-    """What the task needs, and what it takes where the data have it."""
+def select(data: "DataModule", config: "Config") -> None:
+    """Keeps of the data what the task needs, and what it takes where they have it."""
     from hydra.utils import get_class
 
     from visiontasks.cli.build import task_of
 
     task = task_of(config)
-    return task.required(get_class(config["head"]["_target_"])), task.wants
+    data.select(task.required(get_class(config["head"]["_target_"])), task.wants, otherwise=task.otherwise)
 
 
 def monitoring(composed: "DictConfig", config: "Config", *, labelled: bool) -> "Config":

@@ -34,7 +34,7 @@ class DigitScenes(DataModule):
     class where `digits=(1, 1)`, ten zeros and ones where `multi_label`.
 
     `digits` is the least and the largest number in a scene, `digit_size` of their larger side as shares of the image's
-    (crowded scenes keep to the lower end, so that digits hardly overlap).
+    (crowded scenes keep to the lower end, so that digits hardly overlap). `plain=True` draws them white on black.
     Raises UsageError where the options contradict themselves.
     """
 
@@ -49,6 +49,7 @@ class DigitScenes(DataModule):
         digits: tuple[int, int] = (1, 6),
         digit_size: tuple[float, float] = (0.3, 0.7),
         multi_label: bool = False,
+        plain: bool = False,
         train_size: int = 3000,
         val_size: int = 500,
         test_size: int = 1000,
@@ -61,6 +62,7 @@ class DigitScenes(DataModule):
         self.digits = _range("data.digits", digits, least=1, most=100)
         self.digit_size = _range("data.digit_size", digit_size, least=0.05, most=0.95)
         self.multi_label = multi_label
+        self.plain = plain
         self.split_sizes = {"train": train_size, "val": val_size, "test": test_size}
         if not multi_label and self.digits != (1, 1):
             self.provides = type(self).provides - {"label"}
@@ -74,6 +76,7 @@ class DigitScenes(DataModule):
             digits=self.digits,
             digit_size=self.digit_size,
             multi_label=self.multi_label,
+            plain=self.plain,
             keys=self.keys,
             seed=self.seed,
         )
@@ -95,6 +98,7 @@ class Scenes:
         digits: tuple[int, int],
         digit_size: tuple[float, float],
         multi_label: bool,
+        plain: bool,
         keys: frozenset[str],
         seed: int,
     ) -> None:
@@ -104,6 +108,7 @@ class Scenes:
         self.digits = digits
         self.digit_size = digit_size
         self.multi_label = multi_label
+        self.plain = plain
         self.keys = keys
         self.seed = seed
 
@@ -118,11 +123,16 @@ class Scenes:
         if not 0 <= index < self.size:
             raise IndexError(index)
         generator = np.random.default_rng([self.seed, SPLITS.index(self.split), index])
-        canvas = _background(self.split, self.image_size, generator)
+        canvas = self._canvas(generator)
         digits = self._placed(generator)
         for digit in digits:
-            _draw(canvas, digit, generator)
+            _draw(canvas, digit, np.full(3, 255.0, np.float32) if self.plain else _colour(canvas, digit, generator))
         return self._annotated(canvas, digits, index)
+
+    def _canvas(self, generator: np.random.Generator) -> Pixels:
+        if self.plain:
+            return np.zeros((self.image_size, self.image_size, 3), np.float32)
+        return _background(self.split, self.image_size, generator)
 
     def _placed(self, generator: np.random.Generator) -> list[_Digit]:
         """Digits at places where they hardly overlap; where they do not all fit, smaller ones."""
@@ -268,11 +278,10 @@ def _free_corner(
     return (int(corners[free[0], 0]), int(corners[free[0], 1])) if len(free) else None
 
 
-def _draw(canvas: Pixels, digit: _Digit, generator: np.random.Generator) -> None:
-    """Lay a digit over the canvas, in a colour that is brighter and with a faint dark halo."""
+def _draw(canvas: Pixels, digit: _Digit, colour: Pixels) -> None:
+    """Lay a digit over the canvas, in a colour and with a faint dark halo."""
     left, top, right, bottom = digit.box
     patch = canvas[top:bottom, left:right]  # (h, w, 3)
-    colour = _contrasting(float(patch.mean((0, 1)) @ _LUMA), generator)
     _shade(canvas, digit)
     patch += digit.opacity[..., None] * (colour - patch)
 
@@ -286,6 +295,12 @@ def _shade(canvas: Pixels, digit: _Digit) -> None:
     ground = canvas[max(0, top - reach) : bottom + reach, max(0, left - reach) : right + reach]  # (h, w, 3)
     down, across = max(0, reach - top), max(0, reach - left)
     ground *= 1 - np.float32(0.35) * halo[down : down + ground.shape[0], across : across + ground.shape[1], None]
+
+
+def _colour(canvas: Pixels, digit: _Digit, generator: np.random.Generator) -> Pixels:
+    """A colour that is brighter than what lies around a digit."""
+    left, top, right, bottom = digit.box
+    return _contrasting(float(canvas[top:bottom, left:right].mean((0, 1)) @ _LUMA), generator)
 
 
 def _contrasting(luma: float, generator: np.random.Generator) -> Pixels:

@@ -140,15 +140,15 @@ class DataModule(LightningDataModule):
         """What the selected targets index: the classes, in a mask with a background after it."""
         return ("background", *self.classes) if self.background and "mask" in self.keys else self.classes
 
-    def select(self, needs: frozenset[str], wants: frozenset[str] = frozenset()) -> None:
+    def select(self, needs: frozenset[str], wants: frozenset[str] = frozenset(), *, otherwise: str = "") -> None:
         """Keep only these annotations in the samples, so that no work goes into the others.
 
         What a task `wants` is taken where it is provided, and else done without. Raises UsageError where one that it
-        `needs` is not provided, with the data sets that would do.
+        `needs` is not provided, with the data sets that would do, and with what to type `otherwise`.
         """
         missing = needs - self.provides
         if missing:
-            raise UsageError(self._mismatch(missing))
+            raise UsageError(self._mismatch(missing, otherwise))
         selected = needs | wants & self.provides
         if selected != self.keys:
             self._sources.clear()
@@ -457,10 +457,10 @@ class DataModule(LightningDataModule):
         for key in _SHAPES.keys() & sample.keys():
             _check_array(source.name(0), key, cast(NDArray[Any], sample[key]))  # type: ignore[literal-required]
 
-    def _mismatch(self, missing: frozenset[str]) -> str:
+    def _mismatch(self, missing: frozenset[str], otherwise: str) -> str:
         names = [name for name in exported.__all__ if missing <= _provided(getattr(exported, name))]
         others = ", ".join(f"data={conf_name(name)}" for name in names if name != type(self).__name__)
-        own = [self.remedies[key] for key in sorted(missing) if key in self.remedies]
+        own = [*filter(None, [otherwise]), *(self.remedies[key] for key in sorted(missing) if key in self.remedies)]
         remedy = " or ".join([*dict.fromkeys(own), *([f"one of {others}"] if others else [])])
         return (
             f"The task needs {_listed(missing)} and {conf_name(type(self).__name__)} provides "

@@ -27,6 +27,7 @@ class Generative(Task):
     needs: frozenset[str] = frozenset()
     wants: frozenset[str] = frozenset({"label"})
     sees_all: ClassVar[bool] = True
+    otherwise: ClassVar[str] = "head=dcgan (which is told no class)"
     shards: ClassVar[bool] = False  # parts of heads are used outside a forward
     metrics: SampleQuality
     left_out: int = 0  # steps that were not finite, of a task that steps itself
