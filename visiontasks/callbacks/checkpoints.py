@@ -74,9 +74,13 @@ class LastCheckpoint(Callback):
         self._saved = dict(state_dict)
 
     def on_fit_start(self, trainer: Trainer, module: Any) -> None:  # noqa: ARG002
+        self.signal = None
         for logger in _metrics_files(trainer):
             logger.keep(self._saved["rows"])
         self._bring_back_figures(trainer)  # where nothing is left to train, training does not start
+
+    def on_sanity_check_start(self, trainer: Any, module: Any) -> None:  # noqa: ARG002
+        self._listen()  # ahead of on_train_start: what comes meanwhile is answered at the first step
 
     def on_train_start(self, trainer: Any, module: Any) -> None:  # noqa: ARG002
         self._bring_back_figures(trainer)  # a sanity check forgets them
@@ -116,6 +120,11 @@ class LastCheckpoint(Callback):
         if anywhere(self.signal is not None):
             self._leave(trainer)
 
+    def on_test_start(self, trainer: Any, module: Any) -> None:  # noqa: ARG002
+        """Has a SIGTERM end the process at once: there is nothing to save, and Lightning would exit with 0."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
     def _bring_back_figures(self, trainer: Any) -> None:
         trainer._logger_connector._callback_metrics.update(self._saved["figures"])
 
@@ -150,7 +159,6 @@ class LastCheckpoint(Callback):
             self.signal = number
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-        self.signal = None
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, stop)
             signal.signal(signal.SIGINT, stop)
