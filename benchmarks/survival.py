@@ -118,7 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=TASKS, default="classification")
     parser.add_argument("--kills", type=int, default=0, metavar="N", help="histories, with at least one SIGKILL each")
-    parser.add_argument("--sigterm", type=int, default=0, metavar="N", help="preemptions, every second to all processes")
+    parser.add_argument("--sigterm", type=int, default=0, metavar="N", help="preemptions, every second to all")
     parser.add_argument("--saves", type=int, default=0, metavar="N", help="kills within saves")
     parser.add_argument("--mutations", type=int, default=0, metavar="N", help="damaged files")
     parser.add_argument("--processes", type=int, choices=(1, 2), default=1)
@@ -526,7 +526,7 @@ def _finished(run: Run, code: int) -> None:
 def preemptions(given: argparse.Namespace, folder: Path) -> int:
     """Runs that get a SIGTERM at a random moment; each must leave a checkpoint of that step and a code that says so.
 
-    Every second one goes to the whole process group, as from `timeout`, scancel or a terminal, the others to one process.
+    Every second one goes to the whole process group, as from `timeout`, scancel or a terminal, the others to one.
     """
     draw = random.Random(f"{given.task} {given.processes} {given.seed} term")
     reference = Run(folder / "reference", given.task, given.processes, given.workers)
@@ -548,9 +548,9 @@ def preemptions(given: argparse.Namespace, folder: Path) -> int:
         _finished(run, run.live(None))
         found = compared(reference.folder, run.folder)
         equal, left = equal + (not found), max(left, run.left)
+        what = f"{moment}, to {'all' if group else 'one'}"
         verdict = f"{place} of {taken} batches saved"
-        to = "all" if group else "one"
-        print(f"  preemption {number} ({moment}, to {to}): exit code {code}, {verdict}, {found[:6] or 'equal'}", flush=True)
+        print(f"  preemption {number} ({what}): exit code {code}, {verdict}, {found[:6] or 'equal'}", flush=True)
         if not found:
             shutil.rmtree(run.folder)
     print(

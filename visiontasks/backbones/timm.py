@@ -99,7 +99,7 @@ def _blueprint(name: str) -> Any:
 
 
 def _without_storage(name: str) -> Any:
-    """The whole network on the meta device, but for those whose sizes or rates timm < 1.0.30 reads from tensors there."""
+    """The whole network on the meta device, but for those that timm < 1.0.30 sizes with tensors."""
     try:
         with torch.device("meta"):
             return timm.create_model(name)

@@ -74,13 +74,9 @@ class LastCheckpoint(Callback):
         self._saved = dict(state_dict)
 
     def on_fit_start(self, trainer: Trainer, module: Any) -> None:  # noqa: ARG002
-        self.signal = None
         for logger in _metrics_files(trainer):
             logger.keep(self._saved["rows"])
         self._bring_back_figures(trainer)  # where nothing is left to train, training does not start
-
-    def on_sanity_check_start(self, trainer: Any, module: Any) -> None:  # noqa: ARG002
-        self._listen()  # ahead of on_train_start: what comes meanwhile is answered at the first step
 
     def on_train_start(self, trainer: Any, module: Any) -> None:  # noqa: ARG002
         self._bring_back_figures(trainer)  # a sanity check forgets them
@@ -159,6 +155,7 @@ class LastCheckpoint(Callback):
             self.signal = number
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
+        self.signal = None
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, stop)
             signal.signal(signal.SIGINT, stop)
