@@ -1,7 +1,7 @@
 """What survives: runs that are killed at random go on to the same bits, and no damaged checkpoint is used.
 
     python benchmarks/survival.py --task classification --kills 20 [--processes 2]     histories with SIGKILLs
-    python benchmarks/survival.py --task classification --sigterm 20 [--processes 2]   preemptions
+    python benchmarks/survival.py --task classification --sigterm 20 [--processes 2]   preemptions, half to the group
     python benchmarks/survival.py --saves 100        kills within saves, temporary files elsewhere, a full disk
     python benchmarks/survival.py --mutations 300    bit flips, cuts and swaps of a checkpoint
 
@@ -96,13 +96,20 @@ class Death:
     delay: float = 0.0
     rank: int = 0
     by: int = signal.SIGKILL
+    group: bool = False  # the signal goes to all processes of the run, data workers and ranks included
 
     def tick(self, moment: str, counts: dict[str, int]) -> None:
         counts[moment] = counts.get(moment, 0) + 1
         if moment != self.moment or counts[moment] != self.number:
             return
         if self.delay:
-            threading.Timer(self.delay, os.kill, (os.getpid(), self.by)).start()
+            threading.Timer(self.delay, self._come).start()
+        else:
+            self._come()
+
+    def _come(self) -> None:
+        if self.group:
+            os.killpg(os.getpgid(0), self.by)
         else:
             os.kill(os.getpid(), self.by)
 
@@ -111,7 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=TASKS, default="classification")
     parser.add_argument("--kills", type=int, default=0, metavar="N", help="histories, with at least one SIGKILL each")
-    parser.add_argument("--sigterm", type=int, default=0, metavar="N", help="preemptions")
+    parser.add_argument("--sigterm", type=int, default=0, metavar="N", help="preemptions, every second to all")
     parser.add_argument("--saves", type=int, default=0, metavar="N", help="kills within saves")
     parser.add_argument("--mutations", type=int, default=0, metavar="N", help="damaged files")
     parser.add_argument("--processes", type=int, choices=(1, 2), default=1)
@@ -517,17 +524,21 @@ def _finished(run: Run, code: int) -> None:
 
 
 def preemptions(given: argparse.Namespace, folder: Path) -> int:
-    """Runs that get a SIGTERM at a random moment; each must leave a checkpoint of that step and a code that says so."""
+    """Runs that get a SIGTERM at a random moment; each must leave a checkpoint of that step and a code that says so.
+
+    Every second one goes to the whole process group, as from `timeout`, scancel or a terminal, the others to one.
+    """
     draw = random.Random(f"{given.task} {given.processes} {given.seed} term")
     reference = Run(folder / "reference", given.task, given.processes, given.workers)
     _finished(reference, reference.live(None))
-    good, equal = 0, 0
+    good, equal, left = 0, 0, 0.0
     for number in range(given.sigterm):
         run = Run(folder / f"preemption_{number}", given.task, given.processes, given.workers)
-        moment = ("step", "validation", "time", "save")[number % 4]
+        moment = ("step", "validation", "time", "save")[number // 2 % 4]
         count = draw.randint(1, 300) if moment == "save" else draw.randint(1, 5)
         delay = draw.uniform(0.001, 0.3) if moment == "time" else 0.0
-        code = run.live(Death(moment, count, delay, by=signal.SIGTERM))
+        group = number % 2 == 1
+        code = run.live(Death(moment, count, delay, by=signal.SIGTERM, group=group))
         stored = _loaded(run.folder / "checkpoints" / "last.ckpt")
         taken = sum(1 for rank, *_ in learnt(run.folder) if rank == 0)
         place = stored["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"]
@@ -536,17 +547,18 @@ def preemptions(given: argparse.Namespace, folder: Path) -> int:
         good += ok
         _finished(run, run.live(None))
         found = compared(reference.folder, run.folder)
-        equal += not found
+        equal, left = equal + (not found), max(left, run.left)
+        what = f"{moment}, to {'all' if group else 'one'}"
         verdict = f"{place} of {taken} batches saved"
-        print(f"  preemption {number} ({moment}): exit code {code}, {verdict}, {found[:6] or 'equal'}", flush=True)
+        print(f"  preemption {number} ({what}): exit code {code}, {verdict}, {found[:6] or 'equal'}", flush=True)
         if not found:
             shutil.rmtree(run.folder)
     print(
         f"{given.task}, {given.processes} processes: {good} of {given.sigterm} SIGTERMs left a checkpoint of the last "
-        f"step and exit code 143; {equal} went on to the same bits",
+        f"step and exit code 143; {equal} went on to the same bits; nothing left after {left:.1f} s",
         flush=True,
     )
-    return given.sigterm - min(good, equal)
+    return given.sigterm - min(good, equal) + (left > PATIENCE)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

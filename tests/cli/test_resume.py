@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.survival import compared, seen_once
+from benchmarks.survival import PATIENCE, Death, Run, compared, seen_once
 from tests.cli.conftest import TINY
 from visiontasks import durable
 from visiontasks.callbacks.report import Report
@@ -136,6 +136,30 @@ def test_a_signal_saves_the_step_and_says_so(
     assert (stored["epoch"], done) == ((1, 2) if moment == "after a step" else (0, 6))
 
 
+@pytest.mark.parametrize(
+    ("number", "moment", "processes"),
+    [
+        (signal.SIGTERM, "step", 1),
+        (signal.SIGTERM, "validation", 1),
+        (signal.SIGINT, "step", 1),
+        pytest.param(signal.SIGTERM, "step", 2, marks=pytest.mark.exhaustive),
+        pytest.param(signal.SIGINT, "validation", 2, marks=pytest.mark.exhaustive),
+    ],
+)
+def test_a_signal_to_the_whole_group_leaves_the_workers_to_the_run(
+    number: int, moment: str, processes: int, reference: tuple[str, Path], one_thread: None, tmp_path: Path
+) -> None:
+    if reference[0] != "classification":
+        pytest.skip("one task is enough")
+    run = Run(tmp_path / "run", "classification", processes, workers=2)
+    assert run.live(Death(moment, 2, by=number, group=True)) == 128 + number
+    assert run.left < PATIENCE
+    *_, last = said = (run.folder / "log.txt").read_text().splitlines()
+    assert last == f"stopped    by {signal.Signals(number).name}: type resume={run.folder} to go on"
+    assert not [line for line in said if "Traceback" in line or "worker" in line]
+    assert read_checkpoint(run.folder / "checkpoints" / "last.ckpt")["global_step"] == (2 if moment == "step" else 3)
+
+
 def test_an_epoch_is_not_gone_on_with_in_other_batches(
     call: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -189,7 +213,7 @@ def test_random_kills(task: str, processes: int) -> None:
 
 @pytest.mark.exhaustive
 def test_preemptions_and_damages() -> None:
-    survive("--sigterm", "4", "--saves", "100", "--mutations", "300")
+    survive("--sigterm", "8", "--workers", "1", "--saves", "100", "--mutations", "300")
 
 
 def survive(*options: str) -> None:

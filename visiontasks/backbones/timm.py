@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HfHubHTTPError
-from torch import Tensor
+from torch import Tensor, nn
 
 from visiontasks.backbones.chain import IMAGENET_MEAN, IMAGENET_STD, check_output_stride, for_channels
 from visiontasks.contracts import Level, UsageError
@@ -58,7 +58,7 @@ class TimmBackbone(FreezableBackbone):
         options = _options(type(blueprint), output_stride)
         self.net = _create(name, in_channels=in_channels, **options)
         self.levels = tuple(_level(self.net.feature_info[index]) for index in self.indices)
-        self.net.prune_intermediate_layers(list(self.indices), prune_norm=True, prune_head=True)
+        _prune(self.net, self.indices)
         self.in_channels = in_channels
         self.mean = for_channels(blueprint.pretrained_cfg.get("mean", IMAGENET_MEAN), in_channels)
         self.std = for_channels(blueprint.pretrained_cfg.get("std", IMAGENET_STD), in_channels)
@@ -75,7 +75,7 @@ class TimmBackbone(FreezableBackbone):
 
     def shorten(self, count: int) -> None:
         self.indices = self.indices[:count]
-        self.net.prune_intermediate_layers(list(self.indices), prune_norm=True, prune_head=True)
+        _prune(self.net, self.indices)
 
     def _load(self, name: str, weights: str | None, *, published: Mapping[str, Any]) -> Receipt | None:
         if weights is None:
@@ -90,13 +90,22 @@ def _blueprint(name: str) -> Any:
     if not timm.is_model(name):
         near = get_close_matches(name, timm.list_models(), n=3, cutoff=0.5) or ["resnetv2_50"]
         raise UsageError(f"backbone.name={name} is no network of timm {timm.__version__}: try {', '.join(near)}.")
-    with torch.device("meta"):
-        network = timm.create_model(name)
+    network = _without_storage(name)
     if not hasattr(network, "forward_intermediates") or not hasattr(network, "prune_intermediate_layers"):
         raise UsageError(
             f"backbone.name={name}, but timm gives no feature maps of it: choose another, such as resnetv2_50."
         )
     return network
+
+
+def _without_storage(name: str) -> Any:
+    """The whole network on the meta device, but for those that timm < 1.0.30 sizes with tensors."""
+    try:
+        with torch.device("meta"):
+            return timm.create_model(name)
+    except RuntimeError:
+        with torch.random.fork_rng(devices=[]):
+            return timm.create_model(name)
 
 
 def _options(network: type[Any], output_stride: int | None) -> dict[str, Any]:
@@ -115,6 +124,13 @@ def _create(name: str, *, in_channels: int, **options: Any) -> Any:
             f"output_stride={options['output_stride']}, but timm cannot dilate {name}: use output_stride=null, or a "
             "backbone such as backbone=resnet50."
         ) from error
+
+
+def _prune(network: Any, indices: tuple[int, ...]) -> None:
+    """Takes out all that no level needs; timm < 1.0.31 leaves the head's norm, whose parameters would never learn."""
+    network.prune_intermediate_layers(list(indices), prune_norm=True, prune_head=True)
+    if isinstance(getattr(getattr(network, "head", None), "norm", None), nn.Module):
+        network.head.norm = nn.Identity()
 
 
 def _last_at_each_stride(strides: Sequence[int]) -> tuple[int, ...]:

@@ -116,6 +116,11 @@ class LastCheckpoint(Callback):
         if anywhere(self.signal is not None):
             self._leave(trainer)
 
+    def on_test_start(self, trainer: Any, module: Any) -> None:  # noqa: ARG002
+        """Has a SIGTERM end the process at once: there is nothing to save, and Lightning would exit with 0."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
     def _bring_back_figures(self, trainer: Any) -> None:
         trainer._logger_connector._callback_metrics.update(self._saved["figures"])
 

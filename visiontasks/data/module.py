@@ -24,7 +24,6 @@ from visiontasks.data.patience import PatientLoader, Reading
 from visiontasks.data.sampling import EpochSampler, too_large_a_batch
 from visiontasks.data.source import Cached, CacheKind, Source, Subset
 from visiontasks.layers.distributed import anywhere, collected, world_size
-from visiontasks.layers.lifetime import die_with_parent
 
 if TYPE_CHECKING:
     from visiontasks.data.views import MultiView
@@ -420,7 +419,6 @@ class DataModule(LightningDataModule):
             sampler=sampler,
             num_workers=workers,
             collate_fn=collate,
-            worker_init_fn=begin_worker,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # else each epoch would draw a number from the global one
@@ -568,12 +566,6 @@ def collate(items: list[Sample | BadEntry]) -> Batch:
     if bad:
         batch["bad"] = bad
     return batch
-
-
-def begin_worker(_: int) -> None:
-    """Keep a worker process to one thread, as the cores are shared out already, and have it end with its parent."""
-    die_with_parent()
-    torch.set_num_threads(1)
 
 
 def default_workers() -> int:

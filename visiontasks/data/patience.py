@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, get_worker_info
 
 from visiontasks.contracts import UsageError
+from visiontasks.data.workers import begin_worker, worker_context
 
 _IDLE = -1
 
@@ -57,7 +58,9 @@ class PatientLoader(DataLoader[Any]):
 
     def __init__(self, data: Any, *, timeout: float, num_workers: int, **options: Any) -> None:
         data.reading = Reading(num_workers)
-        super().__init__(data, num_workers=num_workers, timeout=timeout if num_workers else 0, **options)
+        if num_workers:
+            options |= {"timeout": timeout, "worker_init_fn": begin_worker, "multiprocessing_context": worker_context()}
+        super().__init__(data, num_workers=num_workers, **options)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         batches: Any = super().__iter__()
