@@ -92,9 +92,7 @@ class ImageFolder(DataModule):
         if self._unlabelled:
             self.provides = frozenset()
 
-    def select(
-        self, needs: frozenset[str], wants: frozenset[str] = frozenset(), *, otherwise: str = ""
-    ) -> None:
+    def select(self, needs: frozenset[str], wants: frozenset[str] = frozenset(), *, otherwise: str = "") -> None:
         """Keep only these annotations; labels that are not needed are left out where the folders are no classes."""
         self._unlabelled = "label" not in needs and (not self._class_names() or self._disorder() is not None)
         super().select(needs, wants - {"label"} if self._unlabelled else wants, otherwise=otherwise)

@@ -107,9 +107,7 @@ class ObjectData(DataModule):
         """All that the files state, unchecked; without outlines unless "masks" is in `keys`."""
         raise NotImplementedError(f"{type(self).__name__} does not read annotations: define read_annotations()")
 
-    def select(
-        self, needs: frozenset[str], wants: frozenset[str] = frozenset(), *, otherwise: str = ""
-    ) -> None:
+    def select(self, needs: frozenset[str], wants: frozenset[str] = frozenset(), *, otherwise: str = "") -> None:
         """Keep only these annotations; masks are looked for when they are asked for."""
         before = "masks" in self.keys
         super().select(needs, wants, otherwise=otherwise)
