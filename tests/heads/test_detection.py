@@ -20,7 +20,6 @@ from visiontasks.backbones import CifarResNet, TimmBackbone, TorchvisionBackbone
 from visiontasks.cli.command_line import CONF
 from visiontasks.contracts import Level, UsageError
 from visiontasks.heads import FCOS, SSD, FasterRCNN, MaskRCNN, RetinaNet
-from visiontasks.heads.detection.branches import branch
 from visiontasks.heads.detection.focal import focal_sum
 from visiontasks.heads.detection.geometry import BACKGROUND, IGNORED, Anchors
 from visiontasks.heads.detection.pooling import pool_regions
@@ -304,28 +303,6 @@ def test_what_lacks_objects_is_filled_with_background() -> None:
     assert labels[index].tolist() == [2] + [BACKGROUND] * 15
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("name", ["fcos", "retinanet"])
-@pytest.mark.parametrize("size", [(96, 160), (40, 32), (8, 8)])
-def test_levels_side_by_side_are_each_branched_as_if_alone(name: str, size: tuple[int, int], autocast: bool) -> None:
-    layers = make(name).regression_head.conv
-    for parameter in layers.parameters():
-        nn.init.normal_(parameter, std=0.1)
-    maps = [torch.randn(2, 32, -(-size[0] // stride), -(-size[1] // stride)) for stride in STRIDES]
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        found = branch(layers, maps)
-        expected = [layers(level) for level in maps]
-    close = {"rtol": 0.02, "atol": 0.02} if autocast else {"rtol": 1e-4, "atol": 1e-5}
-    gradients = []
-    for levels in (found, expected):
-        total = sum((level.float() ** 2).sum() for level in levels)
-        gradients.append(torch.autograd.grad(total, list(layers.parameters())))
-    for ours, plain in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, plain, **close)
-    for ours, plain in zip(*gradients, strict=True):
-        assert (ours - plain).norm() < close["rtol"] * plain.norm() + 1e-6
-
-
 @pytest.mark.parametrize("size", [7, 14])
 def test_regions_are_pooled_as_torchvision_does(size: int) -> None:
     maps = [torch.randn(2, 5, 256 // stride, 320 // stride, requires_grad=True) for stride in (8, 16, 32)]
@@ -605,7 +582,8 @@ def test_coarse_levels_have_finite_gradients_in_bfloat16(side: int) -> None:
     found = convolution.weight.grad
     plain = nn.functional.conv2d(x, convolution.weight, convolution.bias, stride=2, padding=1)
     (expected,) = torch.autograd.grad(plain.square().sum(), convolution.weight)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+    exact = side < 3  # one column wide, and therefore in float32
+    assert (found - expected).norm() < (1e-5 if exact else 1e-2) * expected.norm()
 
 
 @pytest.mark.parametrize("name", [*HEADS, "detection"])

@@ -6,14 +6,14 @@ from typing import ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
 
 from visiontasks.contracts import Level
-from visiontasks.heads.detection.branches import by_anchor
-from visiontasks.heads.detection.geometry import Anchors, cells, labelled, matched, truth_boxes
+from visiontasks.heads.detection.geometry import Anchors, by_anchor, cells, labelled, matched, truth_boxes
 from visiontasks.heads.detection.pooling import pool_regions
 from visiontasks.heads.detection.pyramid import STRIDES, Pyramid
 from visiontasks.heads.detection.raw import Detection, Regions, Target, Terms, TwoStage
@@ -209,10 +209,15 @@ class FasterRCNN(nn.Module):
         return scores.float(), codes.float().unflatten(1, (-1, 4))
 
     def _pooled(self, regions: Regions, boxes: list[Tensor], size: int) -> Tensor:
-        """Maps of the boxes, (N, width, size, size), from the levels that have a lateral connection."""
+        """Maps of the boxes, (N, width, size, size), from the levels that have a lateral connection.
+
+        They are pooled again in the backward pass: the indices and weights would take more memory than that takes time.
+        """
         pyramid = self.proposals.pyramid
         number = len(pyramid.used)
-        return pool_regions(regions.maps[:number], boxes, pyramid.strides[:number], size=size)
+        maps, strides = regions.maps[:number], pyramid.strides[:number]
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        return checkpoint(pool_regions, maps, boxes, strides, size=size, **options)  # type: ignore[no-any-return]
 
     def detections(
         self, raw: TwoStage, *, score_threshold: float, nms_threshold: float, max_detections: int

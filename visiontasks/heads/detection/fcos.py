@@ -13,9 +13,8 @@ from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSRegres
 from torchvision.ops import generalized_box_iou_loss
 
 from visiontasks.contracts import Level
-from visiontasks.heads.detection.branches import branch, by_anchor, convolved
 from visiontasks.heads.detection.focal import focal_sum
-from visiontasks.heads.detection.geometry import BACKGROUND, Anchors, padded_targets
+from visiontasks.heads.detection.geometry import BACKGROUND, Anchors, by_anchor, padded_targets
 from visiontasks.heads.detection.pyramid import STRIDES, Pyramid
 from visiontasks.heads.detection.raw import Dense, Detection, Target, Terms
 from visiontasks.heads.detection.selecting import dense_detections
@@ -71,16 +70,19 @@ class FCOS(nn.Module):
         self.classification_head = FCOSClassificationHead(width, 1, num_classes, convs, norm_layer=norm)
         self.regression_head = FCOSRegressionHead(width, 1, convs, norm_layer=norm)
         nn.init.constant_(self.regression_head.bbox_reg.bias, _FIRST_DISTANCE)
+        for layer in (*self.classification_head.conv, *self.regression_head.conv):
+            if isinstance(layer, nn.ReLU):
+                layer.inplace = True  # group norm needs its input again, not its output
         self.coder = BoxLinearCoder(normalize_by_size=True)
 
     def forward(self, features: list[Tensor]) -> Dense:
         maps = self.pyramid(features)
         scoring, regression = self.classification_head, self.regression_head
-        scored, sized = branch(scoring.conv, maps), branch(regression.conv, maps)
+        sized = [regression.conv(level) for level in maps]
         return Dense(
-            logits=by_anchor(convolved(scoring.cls_logits, scored), scoring.num_classes),
-            codes=by_anchor(convolved(regression.bbox_reg, sized), 4).relu(),
-            quality=by_anchor(convolved(regression.bbox_ctrness, sized), 1)[..., 0],
+            logits=scoring(maps),
+            codes=by_anchor([regression.bbox_reg(level) for level in sized], 4).relu(),
+            quality=by_anchor([regression.bbox_ctrness(level) for level in sized], 1)[..., 0],
             anchors=self.anchors(maps),
             counts=self.anchors.counts(maps),
             size=self.pyramid.size(features),

@@ -54,6 +54,11 @@ class Anchors(nn.Module):
         return places.reshape(-1, 1, 2).repeat(1, 1, 2)
 
 
+def by_anchor(maps: list[Tensor], columns: int) -> Tensor:
+    """Orders maps (B, A * columns, h, w) by level, place and anchor, (B, P, columns)."""
+    return torch.cat([level.permute(0, 2, 3, 1).reshape(len(level), -1, columns) for level in maps], dim=1)
+
+
 def padded_targets(targets: Sequence[Target]) -> tuple[Tensor, Tensor]:
     """Gives boxes (B, M, 4) and labels (B, M) with M the largest number of objects, at least 1, and zeros behind."""
     boxes = pad_sequence([target["boxes"].float() for target in targets], batch_first=True)

@@ -39,7 +39,7 @@ class Pyramid(nn.Module):
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         maps: list[Tensor] = list(self.network({str(index): features[index] for index in self.used}).values())
         for number, halving in enumerate(self.coarser):
-            x = maps[-1] if number == 0 or isinstance(halving, nn.MaxPool2d) else F.relu(maps[-1])
+            x = maps[-1] if number == 0 or isinstance(halving, EverySecond) else F.relu(maps[-1])
             maps.append(halving(x))
         return maps
 
@@ -68,21 +68,30 @@ def usable(levels: tuple[Level, ...], strides: Sequence[int]) -> list[int]:
 class HalvingConv(nn.Conv2d):
     """A 3x3 convolution of stride 2, (B, C, h, w) to (B, channels, ceil(h / 2), ceil(w / 2)).
 
-    It stays out of autocast: on a CPU, oneDNN's bfloat16 gradient of its weights is not finite where the result is one
-    column wide.
+    Where the result is one column wide it stays out of autocast: on a CPU, oneDNN's bfloat16 gradient of its weights is
+    not finite there.
     """
 
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__(in_channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] > 2:
+            return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
             return super().forward(x.to(self.weight.dtype))
 
 
+class EverySecond(nn.Module):
+    """Takes every second value, (B, C, h, w) to (B, C, ceil(h / 2), ceil(w / 2)), as a view."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[..., ::2, ::2]
+
+
 def _halving(width: int, *, learnt: bool) -> nn.Module:
     if not learnt:
-        return nn.MaxPool2d(1, stride=2)
+        return EverySecond()
     convolution = HalvingConv(width, width)
     nn.init.kaiming_uniform_(convolution.weight, a=1)
     nn.init.zeros_(convolution.bias)  # type: ignore[arg-type]

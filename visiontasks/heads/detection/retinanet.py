@@ -9,7 +9,6 @@ from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.models.detection.retinanet import RetinaNetClassificationHead, RetinaNetRegressionHead
 
 from visiontasks.contracts import Level
-from visiontasks.heads.detection.branches import branch, by_anchor, convolved
 from visiontasks.heads.detection.focal import focal_sum
 from visiontasks.heads.detection.geometry import Anchors, assigned, cells
 from visiontasks.heads.detection.pyramid import STRIDES, Pyramid
@@ -72,10 +71,9 @@ class RetinaNet(nn.Module):
 
     def forward(self, features: list[Tensor]) -> Dense:
         maps = self.pyramid(features)
-        scoring, regression = self.classification_head, self.regression_head
         return Dense(
-            logits=by_anchor(convolved(scoring.cls_logits, branch(scoring.conv, maps)), scoring.num_classes),
-            codes=by_anchor(convolved(regression.bbox_reg, branch(regression.conv, maps)), 4),
+            logits=self.classification_head(maps),
+            codes=self.regression_head(maps),
             quality=None,
             anchors=self.anchors(maps),
             counts=self.anchors.counts(maps),
