@@ -13,7 +13,7 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
 
 from visiontasks.contracts import Level
-from visiontasks.heads.detection.geometry import Anchors, by_anchor, cells, labelled, matched, truth_boxes
+from visiontasks.heads.detection.geometry import Anchors, by_anchor, cells, labelled, matched, precise, truth_boxes
 from visiontasks.heads.detection.pooling import pool_regions
 from visiontasks.heads.detection.pyramid import STRIDES, Pyramid
 from visiontasks.heads.detection.raw import Detection, Regions, Target, Terms, TwoStage
@@ -130,13 +130,13 @@ class FasterRCNN(nn.Module):
     @torch.no_grad()
     def propose(self, regions: Regions) -> list[Tensor]:
         """Gives the best anchors of each image, refined, inside the image and without overlaps, (N, 4) each."""
-        levels = torch.split(regions.objectness.float(), list(regions.counts), dim=1)
+        levels = torch.split(precise(regions.objectness), list(regions.counts), dim=1)
         best = [level.topk(min(self.candidates, level.shape[1]), dim=1) for level in levels]
         starts = [sum(regions.counts[:index]) for index in range(len(levels))]
         place = torch.cat([chosen.indices + start for chosen, start in zip(best, starts, strict=True)], dim=1)  # (B, n)
         scores = torch.cat([chosen.values for chosen in best], dim=1).sigmoid()
         level = torch.cat([torch.full_like(chosen.indices[0], index) for index, chosen in enumerate(best)])  # (n,)
-        codes = regions.codes.gather(1, place[..., None].expand(-1, -1, 4)).float()
+        codes = precise(regions.codes.gather(1, place[..., None].expand(-1, -1, 4)))
         boxes = self.anchor_coder.decode_single(codes.flatten(0, 1), regions.anchors[place].flatten(0, 1))
         boxes = clip_boxes_to_image(boxes.view_as(codes), regions.size)
         return [self._apart(own, score, level) for own, score in zip(boxes, scores, strict=True)]
@@ -169,10 +169,10 @@ class FasterRCNN(nn.Module):
         objects = [match[own] for match, own in zip(matches, drawn, strict=True)]
         image, place, found = _numbers(drawn), torch.cat(drawn), torch.cat(objects) >= 0  # (N,) each
         wanted = self.anchor_coder.encode_single(truth_boxes(targets, objects), regions.anchors[place[found]])
-        codes = regions.codes[image, place][found].float()
-        objectness = regions.objectness[image, place].float()
+        codes = precise(regions.codes[image, place][found])
+        objectness = precise(regions.objectness[image, place])
         count = regions.anchors.new_tensor(len(place))
-        errors = F.binary_cross_entropy_with_logits(objectness, found.float(), reduction="sum")
+        errors = F.binary_cross_entropy_with_logits(objectness, found.to(objectness.dtype), reduction="sum")
         return {
             "objectness": (errors, count),
             "proposals": (F.smooth_l1_loss(codes, wanted, beta=_BETA, reduction="sum"), count),
@@ -206,7 +206,7 @@ class FasterRCNN(nn.Module):
         """The second stage's scores (N, K + 1), the first for background, and codes (N, K + 1, 4), in float32."""
         pooled = self._pooled(regions, boxes, _POOLED)
         scores, codes = self.box_predictor(self.box_head(pooled))
-        return scores.float(), codes.float().unflatten(1, (-1, 4))
+        return precise(scores), precise(codes).unflatten(1, (-1, 4))
 
     def _pooled(self, regions: Regions, boxes: list[Tensor], size: int) -> Tensor:
         """Maps of the boxes, (N, width, size, size), from the levels that have a lateral connection.

@@ -54,6 +54,11 @@ class Anchors(nn.Module):
         return places.reshape(-1, 1, 2).repeat(1, 1, 2)
 
 
+def precise(values: Tensor) -> Tensor:
+    """At least float32, which autocast may have left."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def by_anchor(maps: list[Tensor], columns: int) -> Tensor:
     """Orders maps (B, A * columns, h, w) by level, place and anchor, (B, P, columns)."""
     return torch.cat([level.permute(0, 2, 3, 1).reshape(len(level), -1, columns) for level in maps], dim=1)

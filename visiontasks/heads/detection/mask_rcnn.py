@@ -11,6 +11,7 @@ from torchvision.ops import roi_align
 
 from visiontasks.contracts import Level
 from visiontasks.heads.detection.faster_rcnn import Drawn, FasterRCNN
+from visiontasks.heads.detection.geometry import precise
 from visiontasks.heads.detection.raw import Detection, Regions, Target, Terms, TwoStage
 
 _POOLED = 14
@@ -67,7 +68,7 @@ class MaskRCNN(FasterRCNN):
     def _masks(self, regions: Regions, boxes: list[Tensor], labels: Tensor) -> Tensor:
         """Logits of the masks of the labels' classes in boxes, (N, M, M), in float32."""
         maps = self.mask_predictor(self.mask_head(self._pooled(regions, boxes, _POOLED)))
-        return maps[torch.arange(len(labels), device=labels.device), labels + 1].float()  # type: ignore[no-any-return]
+        return precise(maps[torch.arange(len(labels), device=labels.device), labels + 1])  # type: ignore[no-any-return]
 
     def detections(
         self, raw: TwoStage, *, score_threshold: float, nms_threshold: float, max_detections: int

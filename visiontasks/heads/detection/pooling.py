@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visiontasks.heads.detection.geometry import precise
+
 _SIDE, _STRIDE = 224.0, 16.0  # a region of this side is taken from the level of this stride
 
 
@@ -32,8 +34,9 @@ def pool_regions(maps: list[Tensor], boxes: Sequence[Tensor], strides: Sequence[
     columns, along = _samples(x1, x2, width, size)
     index = (first[:, None, None] + rows * width[:, None, None])[:, :, None, :, None] + columns[:, None, :, None, :]
     weight = across[:, :, None, :, None] * along[:, None, :, None, :]  # (N, size, size, 4, 4)
-    table = torch.cat([each.permute(0, 2, 3, 1).flatten(0, 2) for each in maps]).float()  # (all places, C)
-    pooled = F.embedding_bag(index.reshape(-1, 16).int(), table, per_sample_weights=weight.reshape(-1, 16), mode="sum")
+    table = precise(torch.cat([each.permute(0, 2, 3, 1).flatten(0, 2) for each in maps]))  # (all places, C)
+    weight = weight.reshape(-1, 16).to(table.dtype)
+    pooled = F.embedding_bag(index.reshape(-1, 16).int(), table, per_sample_weights=weight, mode="sum")
     return pooled.view(len(regions), size, size, table.shape[1]).permute(0, 3, 1, 2)
 
 
