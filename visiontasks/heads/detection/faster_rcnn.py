@@ -206,7 +206,7 @@ class FasterRCNN(nn.Module):
         """The second stage's scores (N, K + 1), the first for background, and codes (N, K + 1, 4), in float32."""
         pooled = self._pooled(regions, boxes, _POOLED)
         scores, codes = self.box_predictor(self.box_head(pooled))
-        return precise(scores), precise(codes).unflatten(1, (-1, 4))
+        return precise(scores), precise(codes).reshape(len(codes), -1, 4)
 
     def _pooled(self, regions: Regions, boxes: list[Tensor], size: int) -> Tensor:
         """Maps of the boxes, (N, width, size, size), from the levels that have a lateral connection.
@@ -216,8 +216,10 @@ class FasterRCNN(nn.Module):
         pyramid = self.proposals.pyramid
         number = len(pyramid.used)
         maps, strides = regions.maps[:number], pyramid.strides[:number]
-        options = {"use_reentrant": False, "preserve_rng_state": False}
-        return checkpoint(pool_regions, maps, boxes, strides, size=size, **options)  # type: ignore[no-any-return]
+        pooled: Tensor = checkpoint(
+            pool_regions, maps, boxes, strides, size=size, use_reentrant=False, preserve_rng_state=False
+        )
+        return pooled
 
     def detections(
         self, raw: TwoStage, *, score_threshold: float, nms_threshold: float, max_detections: int

@@ -18,10 +18,10 @@ def focal_sum(logits: Tensor, labels: Tensor, *, alpha: float = 0.25, gamma: flo
 
     Shapes: logits (..., K) and labels (...), the class, BACKGROUND or IGNORED, to a scalar.
     """
-    background = _Focal.apply(logits, gamma).sum(dim=-1)  # type: ignore[no-untyped-call]
+    background = _Focal.apply(logits, gamma).sum(dim=-1)
     total = (1 - alpha) * torch.where(labels == IGNORED, 0.0, background).sum()
     own = logits[(*(labels >= 0).nonzero(as_tuple=True), labels[labels >= 0])]  # (F,)
-    as_objects, as_background = (_Focal.apply(one, gamma).sum() for one in (-own, own))  # type: ignore[no-untyped-call]
+    as_objects, as_background = (_Focal.apply(one, gamma).sum() for one in (-own, own))
     return total + alpha * as_objects - (1 - alpha) * as_background  # type: ignore[no-any-return]
 
 

@@ -68,7 +68,7 @@ class MaskRCNN(FasterRCNN):
     def _masks(self, regions: Regions, boxes: list[Tensor], labels: Tensor) -> Tensor:
         """Logits of the masks of the labels' classes in boxes, (N, M, M), in float32."""
         maps = self.mask_predictor(self.mask_head(self._pooled(regions, boxes, _POOLED)))
-        return precise(maps[torch.arange(len(labels), device=labels.device), labels + 1])  # type: ignore[no-any-return]
+        return precise(maps[torch.arange(len(labels), device=labels.device), labels + 1])
 
     def detections(
         self, raw: TwoStage, *, score_threshold: float, nms_threshold: float, max_detections: int
