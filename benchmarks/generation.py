@@ -1,27 +1,33 @@
-"""What a step of a GAN costs over a bare PyTorch loop: python benchmarks/generation.py [--rounds 7] [--steps 30].
+"""What a step of a GAN costs over a bare PyTorch loop: python benchmarks/generation.py [--rounds 7] [--steps 100].
 
 `python train.py task=generation` as it comes, with every callback, without its validation, against a plain loop: the
-same networks, uint8 batches, objective, noise, precision, layout, optimisers, schedules and moving average. Both
-alternate in one process; the clock runs from the first training batch to the last; medians of the times, and of the
-ratios within a round. SNGAN's five critic steps for one of the generator are counted as five steps.
+same networks, uint8 batches, objective, noise, precision, layout, optimisers, schedules and moving average. The loop
+has a process of its own, as a script has, and so the defaults of the allocator, where ours asks it to keep memory
+(--alike: both do). They take turns of some steps; what Trainer.fit does between steps counts as ours. Medians over
+rounds of the mean times of a step, and of their ratios. SNGAN takes five steps of the critic for one of the generator,
+and each counts as a step.
 """
 
 import argparse
+import multiprocessing
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from overhead import CLASSES, Batches, Ready, composed, ours
+from lightning import Callback, LightningModule, Trainer
+from overhead import CLASSES, Batches, Ready, composed
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from visiontasks.cli.build import build_task
+from visiontasks.cli.build import build_task, build_trainer
+from visiontasks.cli.memory import keep_freed_memory
 from visiontasks.cli.train import quieten
 from visiontasks.tasks import Generation
 
@@ -32,6 +38,8 @@ CASES: dict[str, tuple[str, ...]] = {
     "head=sngan backbone=resnet20": ("head=sngan", "head.generator.width=16", "backbone=resnet20"),
 }
 TARGET = 1.03
+TURN = 20  # steps
+WARM_UP = 60  # steps, in which what happens once a run is done, such as opening the logs
 Game = tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor], Tensor]]
 GAMES: dict[str, Game] = {
     "non_saturating": (
@@ -98,39 +106,79 @@ class Bare:
         torch._foreach_lerp_(average, own, 0.001)
 
 
-def bare(config: dict[str, Any], task: Generation, data: Ready, _: Path) -> float:
-    """Seconds a step of the plain loop."""
-    loop = Bare(task, len(data.batches), config["trainer"]["precision"])
-    start = time.perf_counter()
-    for number, batch in enumerate(data.train_dataloader(), start=1):
-        loop.step(number, batch["image"], batch["label"])
-    return (time.perf_counter() - start) / len(data.batches)
+def plain_steps(asked: Connection, config: dict[str, Any], steps: int, alike: bool) -> None:
+    """Takes as many steps of the plain loop as it is asked for, again and again, and answers with their seconds."""
+    quieten()
+    if alike:
+        keep_freed_memory()
+    loop = Bare(made(config), steps, config["trainer"]["precision"])
+    batches = Batches(config["data"]["image_size"], config["data"]["batch_size"], steps)
+    taken = 0
+    while count := asked.recv():
+        start = time.perf_counter()
+        for number in range(taken, taken + count):
+            loop.step(number + 1, batches[number]["image"], batches[number]["label"])
+        taken += count
+        asked.send(time.perf_counter() - start)
 
 
-def rounds(words: tuple[str, ...], count: int, steps: int) -> Iterator[tuple[float, float]]:
-    """Seconds a step of the bare loop and of ours, once a round in turn, after one to warm up."""
+class Turns(Callback):
+    """After every TURN of our steps lets the plain loop take as many, and times both once warm."""
+
+    def __init__(self, loop: Connection) -> None:
+        self.loop = loop
+        self.ours = self.bare = 0.0
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
+            self.since = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % TURN:
+            return
+        own = time.perf_counter() - self.since
+        self.loop.send(TURN)
+        theirs = self.loop.recv()
+        if batch_idx >= WARM_UP:
+            self.ours += own
+            self.bare += theirs
+        self.since = time.perf_counter()
+
+
+def rounds(words: tuple[str, ...], count: int, steps: int, *, alike: bool) -> Iterator[tuple[float, float]]:
+    """Seconds a step of the plain loop and of ours, which take turns."""
+    spawned = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as name:
-        for number in range(count + 1):
+        for number in range(count):
             folder = Path(name) / str(number)
             config = composed((*WORDS, *words), folder)
-            data = Ready(Batches(config["data"]["image_size"], config["data"]["batch_size"], steps))
-            times = []
-            for run in (bare, ours):
-                task = build_task(config, classes=CLASSES)
-                assert isinstance(task, Generation)
-                times.append(run(config, task.to(memory_format=task.memory_format), data, folder))
-            if number > 0:
-                yield times[0], times[1]
+            data = Ready(Batches(config["data"]["image_size"], config["data"]["batch_size"], WARM_UP + steps))
+            here, there = spawned.Pipe()
+            spawned.Process(target=plain_steps, args=(there, config, WARM_UP + steps, alike), daemon=True).start()
+            trainer, turns = build_trainer(config, folder=folder), Turns(here)
+            trainer.callbacks.append(turns)  # type: ignore[attr-defined]
+            trainer.fit(made(config), datamodule=data)
+            here.send(0)
+            yield turns.bare / steps, turns.ours / steps
+
+
+def made(config: dict[str, Any]) -> Generation:
+    task = build_task(config, classes=CLASSES)
+    assert isinstance(task, Generation)
+    return task.to(memory_format=task.memory_format)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=100, help=f"a round, a multiple of {TURN}")
+    parser.add_argument("--alike", action="store_true", help="the plain loop asks the allocator for what we ask it for")
     given = parser.parse_args()
     quieten()
     for name, words in CASES.items():
-        bares, mine = zip(*rounds(words, given.rounds, given.steps), strict=True)
+        bares, mine = zip(*rounds(words, given.rounds, given.steps, alike=given.alike), strict=True)
         ratio = statistics.median(m / b for m, b in zip(mine, bares, strict=True))
         print(f"{name}: bare {1e3 * statistics.median(bares):.1f} ms a step; ours x {ratio:.3f} (target {TARGET})")
 

@@ -80,6 +80,17 @@ def test_resume_goes_on_in_the_same_folder(call: Callable[..., None], tmp_path: 
     assert steps == [3, 7]
 
 
+def test_a_run_without_validation_is_tested_with_its_last_weights(
+    call: Callable[..., None], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    call("train", *TINY, "trainer.limit_val_batches=0", f"hydra.run.dir={tmp_path}")
+    assert "no validation ran, so there is no best val/accuracy" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["best/val/accuracy"] is None
+    call("evaluate", f"run={tmp_path}")
+    assert f"{summary['test/loss']:.4f}" in capsys.readouterr().out
+
+
 def test_another_run_is_not_written_over(
     finished_run: Path, call: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -68,10 +68,8 @@ def bare(task: Generation, batches: list[Batch]) -> tuple[nn.Module, nn.Module, 
 
     def scores(pictures: Tensor, numbers: Tensor, labels: Tensor | None) -> Tensor:
         seen = diffaugment(pictures, numbers, head.diffaugment)
-        normalised = own.images(
-            {"image": (seen + 1) * 127.5}
-        )  # where a hole's zero lies decides what a ReLU lets through
-        return end(backbone(normalised), labels)  # type: ignore[no-any-return]
+        mean, std = (torch.tensor(each).view(1, -1, 1, 1) for each in (backbone.mean, backbone.std))
+        return end(backbone(seen * (0.5 / std) + (0.5 - mean) / std), labels)  # type: ignore[no-any-return]
 
     for batch in batches:
         drawn = own.draw_for(batch)

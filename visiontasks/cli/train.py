@@ -1,6 +1,7 @@
 """python train.py: compose, build, fit, test."""
 
 import json
+import math
 import shlex
 import sys
 from dataclasses import asdict
@@ -237,13 +238,14 @@ def finish(trainer: "Trainer", task: "Task", *, test: bool) -> float:
     """Tests the best weights, writes summary.json, prints the table and the run folder."""
     from visiontasks.callbacks.report import Report, table, write_summary
 
-    best = next((callback for callback in trainer.checkpoint_callbacks if callback.monitor), None)  # type: ignore[attr-defined]
+    found: list[Any] = [callback for callback in trainer.checkpoint_callbacks if callback.monitor]  # type: ignore[attr-defined]
+    best = next((callback for callback in found if callback.best_model_score is not None), None)
     metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if "/" in name}
-    score = float(best.best_model_score) if best is not None else metrics[task.monitor]  # type: ignore[attr-defined]
+    score = metrics.get(task.monitor, math.nan) if best is None else float(best.best_model_score)
     report = next(callback for callback in trainer.callbacks if isinstance(callback, Report))  # type: ignore[attr-defined]
     summary = report.summary(trainer, task, metrics)
     if test:
-        path = None if best is None else best.best_model_path  # type: ignore[attr-defined]
+        path = None if best is None else best.best_model_path
         (tested,) = trainer.test(task, datamodule=trainer.datamodule, ckpt_path=path, verbose=False)  # type: ignore[attr-defined]
         metrics |= tested
         summary = summary | report.summary(trainer, task, metrics)
@@ -252,6 +254,8 @@ def finish(trainer: "Trainer", task: "Task", *, test: bool) -> float:
         write_summary(folder, summary | {f"best/{task.monitor}": score})
         best_is_tested = test and best is not None
         chosen = [f"test/ is of the weights with the best {task.monitor}, {score:.4f}"] if best_is_tested else []
+        if best is None and task.monitor not in metrics:
+            chosen = [f"no validation ran, so there is no best {task.monitor}: the weights are the last ones"]
         print("\n".join(["", table(metrics), "", *chosen, f"run folder: {folder}"]))
     return score
 

@@ -34,7 +34,6 @@ from visiontasks.tasks.extractors import MakeExtractor, RandomFeatures
 from visiontasks.tasks.generation_metrics import SampleQuality
 from visiontasks.tasks.generative import Generative, normal, rgb
 from visiontasks.tasks.likelihood import Likelihood
-from visiontasks.tasks.metrics import stacked
 from visiontasks.tasks.optimisation import at_rates, parameter_groups
 
 SETTLING = 16  # pictures of noise that batch norms settle on
@@ -94,6 +93,12 @@ class Generation(Generative):
             self.spectral.update({"backbone": SpectralNorm(backbone), "critic": SpectralNorm(self.head.critic)})
         if self.judges_alone:
             self._settle()
+        self._centred = set(backbone.mean) == set(backbone.std) == {0.5}  # the backbone takes -1..1
+        mean, std = (torch.tensor(each).view(1, -1, 1, 1) for each in (backbone.mean, backbone.std))
+        self.picture_scale: Tensor
+        self.picture_shift: Tensor
+        self.register_buffer("picture_scale", 0.5 / std, persistent=False)
+        self.register_buffer("picture_shift", (0.5 - mean) / std, persistent=False)
         self.objective = OBJECTIVES[self.head.objective]
         self.generator_lr = generator_lr
         self.ema = ema
@@ -103,7 +108,9 @@ class Generation(Generative):
         self.left_out = 0  # steps that were not finite
         self._waiting: list[Drawn] = []  # of the batches since the last step
         self._losses: list[Tensor] = []
-        self._statistics: list[tuple[Tensor, Tensor]] = []  # before the first of them
+        self._moving: list[Tensor] = []  # statistics of batch norms
+        self._followed: tuple[list[Tensor], list[Tensor]] = ([], [])  # the averaged generator's and the generator's
+        self._statistics: list[tuple[Tensor, Tensor]] = []  # what moves, and what it held before the first of them
         self.register_state_dict_post_hook(_bake)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_unbake)  # type: ignore[no-untyped-call]
         self.train()
@@ -173,13 +180,20 @@ class Generation(Generative):
     ) -> Tensor:
         """The critic's scores (B,) of augmented pictures (B, C, H, W) in -1..1."""
         seen = augment.diffaugment(rgb(pictures), numbers, self.head.diffaugment)
-        return self._judged(self.images({"image": (seen + 1) * 127.5}), labels, weights)
+        return self._judged(self._wanted(seen), labels, weights)
+
+    def _wanted(self, pictures: Tensor) -> Tensor:
+        """Pictures (B, C, H, W) in -1..1 as the backbone wants them."""
+        if self._centred:
+            return self._in_channels(pictures).to(self.dtype).contiguous(memory_format=self.memory_format)
+        return self._scaled(pictures, self.picture_scale, self.picture_shift)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002
         """Learns from a batch; returns what of the losses is new, without gradients."""
         critic, generator = cast(list[LightningOptimizer], self.optimizers())
         if not self._waiting:
-            self._statistics = _statistics(self.backbone, self.head)
+            critic.optimizer.zero_grad()
+            self._statistics = [(buffer, buffer.clone()) for buffer in self._moving]
         drawn = self.draw_for(batch)
         self._waiting.append(drawn)
         loss = self._learn(self.critic_loss(batch["image"].float() / 127.5 - 1, drawn))
@@ -187,7 +201,6 @@ class Generation(Generative):
             return loss
         self.step_skipped = not self._average("critic", critic)
         critic.step()  # the one that Lightning counts; without gradients it changes nothing
-        critic.optimizer.zero_grad()
         self._schedule(0)
         if not self.step_skipped and self.global_step % self.head.critic_steps == 0:
             loss = loss + self._teach(generator)
@@ -196,13 +209,13 @@ class Generation(Generative):
 
     def _teach(self, optimizer: LightningOptimizer) -> Tensor:
         """Takes a step of the generator, on the noise of the batches since the last step, and averages it."""
+        optimizer.optimizer.zero_grad()
         with held((*self.backbone.parameters(), *self.head.critic.parameters())):
             loss = torch.stack([self._learn(self.generator_loss(drawn)) for drawn in self._waiting]).sum()
         self.step_skipped = not self._average("generator", optimizer)
         if not self.step_skipped:
             optimizer.optimizer.step()
             self._follow()
-        optimizer.optimizer.zero_grad()
         self._schedule(1)
         return loss
 
@@ -212,9 +225,10 @@ class Generation(Generative):
     def draw_for(self, batch: Batch) -> "Drawn":
         """What is drawn for each image of a batch."""
         keys = image_keys(batch["index"], seed=self.seed, epoch=self.current_epoch)
-        sizes = [self.head.latent_dim, self.head.latent_dim, augment.DRAWS, augment.DRAWS, augment.DRAWS, 1]
-        first, second, real, fake, made, mix = torch.split(draws(keys, sum(sizes)), sizes, dim=1)
-        return Drawn(normal(first), normal(second), real, fake, made, mix[:, 0], self.labels_of(batch))
+        sizes = [2 * self.head.latent_dim, augment.DRAWS, augment.DRAWS, augment.DRAWS, 1]
+        latents, real, fake, made, mix = torch.split(draws(keys, sum(sizes)), sizes, dim=1)
+        first, second = normal(latents).chunk(2, dim=1)
+        return Drawn(first, second, real, fake, made, mix[:, 0], self.labels_of(batch))
 
     def critic_loss(self, real: Tensor, drawn: "Drawn") -> Tensor:
         """What the critic is to make small; pictures are (B, C, H, W) in -1..1."""
@@ -224,38 +238,37 @@ class Generation(Generative):
         torch.clear_autocast_cache()  # what was cast without gradients would stay without
         scores = partial(self._scores, labels=labels, weights=weights)
         of_real, of_fake = scores(real, numbers=drawn.real_numbers), scores(fake, numbers=drawn.fake_numbers)
-        terms = [self.objective.critic(of_real, of_fake), *self._penalties(scores, real, fake, drawn)]
-        self.watch("critic_loss", *terms[0])
-        self.watch("real_score", of_real.sum(), terms[0][1])
-        self.watch("fake_score", of_fake.sum(), terms[0][1])
-        return self._mean(terms, [1.0, self.head.gradient_penalty, self.head.r1])
+        total, count = self.objective.critic(of_real, of_fake)
+        self.watch("critic_loss", total, count)
+        self.watch("real_score", of_real.sum(), count)
+        self.watch("fake_score", of_fake.sum(), count)
+        if self.head.penalised:
+            total = total + self._penalty(scores, real, fake, drawn)
+        return self._mean(total, count)
 
-    def _penalties(self, scores: Any, real: Tensor, fake: Tensor, drawn: "Drawn") -> list[Term]:
-        """The terms of the gradients with regard to images, in float32."""
-        if not self.head.penalised:
-            return []
-        nothing = (real.new_zeros(()), real.new_ones(()))
+    def _penalty(self, scores: Any, real: Tensor, fake: Tensor, drawn: "Drawn") -> Tensor:
+        """The weighted sum over images of what penalises gradients with regard to them, in float32."""
+        terms: list[tuple[float, Term]] = []
         with torch.autocast(self.device.type, enabled=False):
             between, at_real = partial(scores, numbers=drawn.fake_numbers), partial(scores, numbers=drawn.real_numbers)
-            wanted, gamma = self.head.gradient_penalty, self.head.r1
-            penalty = gradient_penalty(between, real, fake, drawn.mix) if wanted > 0 else nothing
-            terms = [penalty, r1(at_real, real) if gamma > 0 else nothing]
-        self.watch("penalty", torch.stack([total for total, _ in terms]).sum(), real.new_tensor(float(len(real))))
-        return terms
+            if self.head.gradient_penalty > 0:
+                terms.append((self.head.gradient_penalty, gradient_penalty(between, real, fake, drawn.mix)))
+            if self.head.r1 > 0:
+                terms.append((self.head.r1, r1(at_real, real)))
+        self.watch("penalty", torch.stack([total for _, (total, _) in terms]).sum(), terms[0][1][1])
+        return torch.stack([weight * total for weight, (total, _) in terms]).sum()
 
     def generator_loss(self, drawn: "Drawn") -> Tensor:
         torch.clear_autocast_cache()  # what was cast before the critic's step is stale
         fake = self.head.generator(drawn.generator_latents, drawn.labels).float()
         of_fake = self._scores(fake, numbers=drawn.generator_numbers, labels=drawn.labels, weights=self._weights())
-        term = self.objective.generator(of_fake)
-        self.watch("generator_loss", *term)
-        return self._mean([term], [1.0])
+        total, count = self.objective.generator(of_fake)
+        self.watch("generator_loss", total, count)
+        return self._mean(total, count)
 
-    def _mean(self, terms: list[Term], weights: list[float]) -> Tensor:
-        """The weighted sum of the terms' means over all processes and accumulated batches."""
-        pairs = stacked(terms)  # (L, 2)
-        means = mean_over_processes(pairs[:, 0], pairs[:, 1])
-        return (means * means.new_tensor(weights[: len(terms)])).sum() / self.accumulate_grad_batches
+    def _mean(self, total: Tensor, count: Tensor) -> Tensor:
+        """The mean over all processes and accumulated batches."""
+        return mean_over_processes(total, count * self.accumulate_grad_batches)
 
     def _learn(self, loss: Tensor) -> Tensor:
         with torch.autocast(self.device.type, enabled=False):
@@ -274,7 +287,7 @@ class Generation(Generative):
         self._losses.clear()
         gradients = average_over_processes([cast(Tensor, each.grad) for each in parameters], loss)
         norm = get_total_norm(gradients)
-        right = bool((norm + loss).isfinite())
+        right = math.isfinite(norm + loss)
         self.watch(f"{name}_gradient", norm if right else norm.new_zeros(()), norm.new_tensor(float(right)))
         if not right:
             self._leave_out(name, optimizer)
@@ -300,9 +313,7 @@ class Generation(Generative):
         """Moves the averaged generator, with its statistics, towards the one that learns."""
         steps = self.global_step // self.head.critic_steps
         weight = 1 - min(self.ema, (1 + steps) / (10 + steps))
-        pairs = zip(_values(self.average), _values(self.head.generator), strict=True)
-        own, other = zip(*((a, b) for a, b in pairs if a.is_floating_point()), strict=True)
-        torch._foreach_lerp_(list(own), list(other), weight)
+        torch._foreach_lerp_(*self._followed, weight)
 
     def _schedule(self, which: int) -> None:
         schedulers: Any = self.lr_schedulers()
@@ -372,6 +383,8 @@ class Generation(Generative):
         return self.head.penalised or not self.head.batch_norms
 
     def on_train_start(self) -> None:
+        self._moving = _statistics(self.backbone, self.head)
+        self._followed = _values(self.average), _values(self.head.generator)
         if self.global_step == 0:
             for _, norm, network in self.normalised():
                 norm.settle(network)
@@ -447,15 +460,15 @@ def held(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _statistics(*networks: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """The buffers of the batch norms that move, and what they hold."""
+def _statistics(*networks: nn.Module) -> list[Tensor]:
+    """The buffers of the batch norms that move."""
     layers = [layer for network in networks for layer in network.modules() if isinstance(layer, _BatchNorm)]
-    return [(buffer, buffer.clone()) for layer in layers if layer.training for buffer in layer.buffers()]
+    return [buffer for layer in layers if layer.training for buffer in layer.buffers()]
 
 
-def _values(network: nn.Module) -> Iterator[Tensor]:
-    yield from network.parameters()
-    yield from network.buffers()
+def _values(network: nn.Module) -> list[Tensor]:
+    """What can be averaged."""
+    return [value for value in (*network.parameters(), *network.buffers()) if value.is_floating_point()]
 
 
 def _bake(task: Generation, state: dict[str, Any], prefix: str, metadata: Any) -> None:  # noqa: ARG001

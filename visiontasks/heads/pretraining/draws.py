@@ -1,5 +1,7 @@
 """Random numbers that belong to an image and an epoch, on any device and for any number of processes."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -9,10 +11,15 @@ _MULTIPLIERS = ((30, -4658895280553007687), (27, -7723592293110705685))
 
 def image_keys(index: Tensor, *, seed: int, epoch: int) -> Tensor:
     """A key for each image, a function of (seed, epoch, index). Shapes: index (B,); returns (B,) int64."""
-    key = torch.zeros_like(index)
-    for number in (torch.full_like(index, seed), torch.full_like(index, epoch), index):
-        key = _mixed(key + _STEP * (number + 1))
-    return key
+    return _mixed(_stem(seed, epoch) + _STEP * (index + 1))
+
+
+@lru_cache(maxsize=64)
+def _stem(seed: int, epoch: int) -> int:
+    key = torch.zeros((), dtype=torch.int64)
+    for number in (seed, epoch):
+        key = _mixed(key + _STEP * (torch.tensor(number) + 1))
+    return int(key)
 
 
 def draws(keys: Tensor, count: int) -> Tensor:
