@@ -2,10 +2,10 @@
 
 `python train.py task=generation` as it comes, with every callback, without its validation, against a plain loop: the
 same networks, uint8 batches, objective, noise, precision, layout, optimisers, schedules and moving average. The loop
-has a process of its own, as a script has, and so the defaults of the allocator, where ours asks it to keep memory
-(--alike: both do). They take turns of some steps; what Trainer.fit does between steps counts as ours. Medians over
-rounds of the mean times of a step, and of their ratios. SNGAN takes five steps of the critic for one of the generator,
-and each counts as a step.
+has a process of its own and asks the allocator for what ours asks it for; with --script it has the allocator's
+defaults, as a script has. They take turns of some steps; what Trainer.fit does between steps counts as ours. Medians
+over rounds of the mean times of a step, and of their ratios. SNGAN takes five steps of the critic for one of the
+generator, and each counts as a step.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning import Callback, LightningModule, Trainer
-from overhead import CLASSES, Batches, Ready, composed
+from lightning import LightningModule, Trainer
+from overhead import CLASSES, Batches, Clock, Ready, composed
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
@@ -106,10 +106,10 @@ class Bare:
         torch._foreach_lerp_(average, own, 0.001)
 
 
-def plain_steps(asked: Connection, config: dict[str, Any], steps: int, alike: bool) -> None:
+def plain_steps(asked: Connection, config: dict[str, Any], steps: int, script: bool) -> None:
     """Takes as many steps of the plain loop as it is asked for, again and again, and answers with their seconds."""
     quieten()
-    if alike:
+    if not script:
         keep_freed_memory()
     loop = Bare(made(config), steps, config["trainer"]["precision"])
     batches = Batches(config["data"]["image_size"], config["data"]["batch_size"], steps)
@@ -122,32 +122,28 @@ def plain_steps(asked: Connection, config: dict[str, Any], steps: int, alike: bo
         asked.send(time.perf_counter() - start)
 
 
-class Turns(Callback):
+class Turns(Clock):
     """After every TURN of our steps lets the plain loop take as many, and times both once warm."""
 
     def __init__(self, loop: Connection) -> None:
         self.loop = loop
         self.ours = self.bare = 0.0
 
-    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if batch_idx == 0:
-            self.since = time.perf_counter()
-
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if (batch_idx + 1) % TURN:
             return
-        own = time.perf_counter() - self.since
+        own = time.perf_counter() - self.start
         self.loop.send(TURN)
         theirs = self.loop.recv()
         if batch_idx >= WARM_UP:
             self.ours += own
             self.bare += theirs
-        self.since = time.perf_counter()
+        self.start = time.perf_counter()
 
 
-def rounds(words: tuple[str, ...], count: int, steps: int, *, alike: bool) -> Iterator[tuple[float, float]]:
+def rounds(words: tuple[str, ...], count: int, steps: int, *, script: bool) -> Iterator[tuple[float, float]]:
     """Seconds a step of the plain loop and of ours, which take turns."""
     spawned = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as name:
@@ -156,7 +152,7 @@ def rounds(words: tuple[str, ...], count: int, steps: int, *, alike: bool) -> It
             config = composed((*WORDS, *words), folder)
             data = Ready(Batches(config["data"]["image_size"], config["data"]["batch_size"], WARM_UP + steps))
             here, there = spawned.Pipe()
-            spawned.Process(target=plain_steps, args=(there, config, WARM_UP + steps, alike), daemon=True).start()
+            spawned.Process(target=plain_steps, args=(there, config, WARM_UP + steps, script), daemon=True).start()
             trainer, turns = build_trainer(config, folder=folder), Turns(here)
             trainer.callbacks.append(turns)  # type: ignore[attr-defined]
             trainer.fit(made(config), datamodule=data)
@@ -174,11 +170,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=100, help=f"a round, a multiple of {TURN}")
-    parser.add_argument("--alike", action="store_true", help="the plain loop asks the allocator for what we ask it for")
+    parser.add_argument("--script", action="store_true", help="the plain loop has the allocator's defaults")
     given = parser.parse_args()
     quieten()
     for name, words in CASES.items():
-        bares, mine = zip(*rounds(words, given.rounds, given.steps, alike=given.alike), strict=True)
+        bares, mine = zip(*rounds(words, given.rounds, given.steps, script=given.script), strict=True)
         ratio = statistics.median(m / b for m, b in zip(mine, bares, strict=True))
         print(f"{name}: bare {1e3 * statistics.median(bares):.1f} ms a step; ours x {ratio:.3f} (target {TARGET})")
 

@@ -22,13 +22,8 @@ from visiontasks.layers.sharding import shard
 from visiontasks.tasks.metrics import Metrics, weighted_sum
 from visiontasks.tasks.optimisation import MakeOptimizer, MakeSchedule, Pace, at_rates, cosine, parameter_groups
 
-CONSTANT = (
-    "pixel_scale",
-    "pixel_shift",
-    "picture_scale",
-    "picture_shift",
-    "class_weights",
-)  # buffers that are the same in every process
+# Buffers that are the same in every process
+CONSTANT = ("pixel_scale", "pixel_shift", "picture_scale", "picture_shift", "class_weights")
 LUMINANCE = (0.299, 0.587, 0.114)  # of red, green and blue, ITU-R BT.601
 Prediction = dict[str, Any]  # of one image, in plain numbers, strings and lists, so that it is a line of JSON
 
@@ -103,7 +98,9 @@ class Task(LightningModule):
 
     def _scaled(self, pixels: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """Pixels (B, C, H, W) times a scale plus a shift, in the backbone's channels and layout."""
-        images = torch.addcmul(shift, self._in_channels(pixels), scale)
+        return self._laid_out(torch.addcmul(shift, self._in_channels(pixels), scale))
+
+    def _laid_out(self, images: Tensor) -> Tensor:
         return images.to(self.dtype).contiguous(memory_format=self.memory_format)
 
     def _in_channels(self, pixels: Tensor) -> Tensor:
@@ -293,7 +290,7 @@ class Task(LightningModule):
 
 
 def seed_generators(seed: int, device: torch.device) -> None:
-    """Seeds torch's generators of the CPU and of a device; torch.manual_seed takes a dozen times as long, for all."""
+    """Seeds torch's generators of the CPU and of a device; torch.manual_seed, for all, takes several times as long."""
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":
         torch.get_device_module(device).manual_seed(seed)

@@ -28,7 +28,7 @@ from visiontasks.layers import diffaugment as augment
 from visiontasks.layers.batch_norm import settle
 from visiontasks.layers.distributed import average_over_processes, mean_over_processes
 from visiontasks.layers.spectral import SpectralNorm
-from visiontasks.losses.adversarial import OBJECTIVES, Term, gradient_penalty, r1
+from visiontasks.losses.adversarial import OBJECTIVES, gradient_penalty, r1
 from visiontasks.tasks.base import Prediction, Task
 from visiontasks.tasks.extractors import MakeExtractor, RandomFeatures
 from visiontasks.tasks.generation_metrics import SampleQuality
@@ -185,7 +185,7 @@ class Generation(Generative):
     def _wanted(self, pictures: Tensor) -> Tensor:
         """Pictures (B, C, H, W) in -1..1 as the backbone wants them."""
         if self._centred:
-            return self._in_channels(pictures).to(self.dtype).contiguous(memory_format=self.memory_format)
+            return self._laid_out(self._in_channels(pictures))
         return self._scaled(pictures, self.picture_scale, self.picture_shift)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002
@@ -248,15 +248,18 @@ class Generation(Generative):
 
     def _penalty(self, scores: Any, real: Tensor, fake: Tensor, drawn: "Drawn") -> Tensor:
         """The weighted sum over images of what penalises gradients with regard to them, in float32."""
-        terms: list[tuple[float, Term]] = []
+        weights, terms = [], []
         with torch.autocast(self.device.type, enabled=False):
-            between, at_real = partial(scores, numbers=drawn.fake_numbers), partial(scores, numbers=drawn.real_numbers)
             if self.head.gradient_penalty > 0:
-                terms.append((self.head.gradient_penalty, gradient_penalty(between, real, fake, drawn.mix)))
+                between = partial(scores, numbers=drawn.fake_numbers)
+                weights.append(self.head.gradient_penalty)
+                terms.append(gradient_penalty(between, real, fake, drawn.mix))
             if self.head.r1 > 0:
-                terms.append((self.head.r1, r1(at_real, real)))
-        self.watch("penalty", torch.stack([total for _, (total, _) in terms]).sum(), terms[0][1][1])
-        return torch.stack([weight * total for weight, (total, _) in terms]).sum()
+                weights.append(self.head.r1)
+                terms.append(r1(partial(scores, numbers=drawn.real_numbers), real))
+        totals = torch.stack([total for total, _ in terms])
+        self.watch("penalty", totals.sum(), terms[0][1])
+        return (totals * totals.new_tensor(weights)).sum()
 
     def generator_loss(self, drawn: "Drawn") -> Tensor:
         torch.clear_autocast_cache()  # what was cast before the critic's step is stale
