@@ -1,11 +1,14 @@
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
-from visiontasks.callbacks.pictures import ContactSheets
+from visiontasks.callbacks import pictures
+from visiontasks.callbacks.pictures import ContactSheets, draw_curves
 
 ERRORS = torch.tensor([0.0, 2, 1, 2, 0, 5, 1, 2, 2, 0, 3])  # of images named by the letters, ties among them
 WORST = [(5.0, "f"), (3.0, "k"), (2.0, "i"), (2.0, "h")]
@@ -63,3 +66,21 @@ def test_images_right_from_the_start_are_no_mistakes() -> None:
 def test_only_what_is_shown_is_put_into_words() -> None:
     module = after(ContactSheets(images=2), 11)
     assert module.told == 4  # two of the sheet, and the two worst
+
+
+@pytest.mark.parametrize(
+    ("columns", "drawn"),
+    [
+        (["train/loss", "val/loss", "train/boxes_loss"], ["train/loss", "val/loss"]),
+        (["train/critic_loss", "train/generator_loss", "val/fid"], ["train/critic_loss", "train/generator_loss"]),
+    ],
+)
+def test_curves_show_the_whole_loss_or_each_of_several(
+    columns: list[str], drawn: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(pictures, "Figure", lambda **options: figures.append(Figure(**options)) or figures[-1])
+    draw_curves({name: [(0, 2.0), (1, 1.0)] for name in columns}, "val/fid", tmp_path / "curves.png")
+    (figure,) = figures
+    assert [line.get_label() for line in figure.axes[0].get_lines()] == drawn
+    assert (tmp_path / "curves.png").is_file()

@@ -2,6 +2,7 @@
 
 import csv
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -243,7 +244,7 @@ def draw_confusion(counts: Tensor, classes: tuple[str, ...], path: Path, *, unit
 
 def draw_curves(columns: dict[str, list[tuple[int, float]]], monitor: str, path: Path) -> None:
     """Draws the losses, the monitored figure and the learning rate over the steps."""
-    panels = (("loss", ("train/loss", "val/loss")), (monitor, (monitor,)), ("learning rate", ("train/lr",)))
+    panels = (("loss", _losses(columns)), (monitor, (monitor,)), ("learning rate", ("train/lr",)))
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     for axes, (title, names) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         for name in names:
@@ -252,6 +253,13 @@ def draw_curves(columns: dict[str, list[tuple[int, float]]], monitor: str, path:
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=110)
+
+
+def _losses(columns: Iterable[str]) -> tuple[str, ...]:
+    """The names of the whole loss, or, of a task that learns by several, those of each."""
+    whole = tuple(name for name in ("train/loss", "val/loss") if name in columns)
+    each = tuple(name for name in columns if name.startswith("train/") and name.endswith("_loss"))
+    return whole or each or ("train/loss",)
 
 
 def _shared(pictures: int, module: Any) -> int:
