@@ -10,6 +10,7 @@ generator, and each counts as a step.
 
 import argparse
 import multiprocessing
+import os
 import statistics
 import tempfile
 import time
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from visiontasks.cli.build import build_task, build_trainer
-from visiontasks.cli.memory import keep_freed_memory
+from visiontasks.cli.process import keep_freed_memory
 from visiontasks.cli.train import quieten
 from visiontasks.tasks import Generation
 
@@ -109,6 +110,7 @@ class Bare:
 def plain_steps(asked: Connection, config: dict[str, Any], steps: int, script: bool) -> None:
     """Takes as many steps of the plain loop as it is asked for, again and again, and answers with their seconds."""
     quieten()
+    os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)  # which Lightning sets: each step of Adam takes longer
     if not script:
         keep_freed_memory()
     loop = Bare(made(config), steps, config["trainer"]["precision"])

@@ -15,10 +15,10 @@ from torch.optim import AdamW
 from tests.tasks.pretraining_parts import PRETEXTS, Tiny
 from visiontasks import heads
 from visiontasks.contracts import Level, UsageError
-from visiontasks.heads.pretraining.draws import image_keys
 from visiontasks.heads.pretraining.inpainting import covered
 from visiontasks.heads.pretraining.jigsaw import corners, cut, distant_permutations, laid_out, levelled
 from visiontasks.heads.pretraining.lab import ColourBins, to_lab, to_rgb
+from visiontasks.layers.draws import image_keys
 from visiontasks.tasks import Pretraining
 
 SIDE = 36

@@ -12,9 +12,9 @@ from tests.tasks.pretraining_parts import SMALL, Tiny
 from visiontasks import heads
 from visiontasks.contracts import UsageError
 from visiontasks.heads.pretraining.dino import UnitLinear
-from visiontasks.heads.pretraining.draws import draws, image_keys
 from visiontasks.heads.pretraining.method import Method, mlp
 from visiontasks.heads.pretraining.teacher import Teacher, rising
+from visiontasks.layers.draws import draws, image_keys
 
 LEVELS = Tiny.levels
 

@@ -19,7 +19,8 @@ from torch.optim import SGD
 
 from tests.tasks.generation_parts import GAMES, SIDE, fit, game, images, made
 from tests.tasks.pretraining_parts import Tiny
-from visiontasks.contracts import Batch, UsageError
+from visiontasks.backbones import DCGAN, CifarResNet
+from visiontasks.contracts import Backbone, Batch, UsageError
 from visiontasks.layers.diffaugment import diffaugment
 from visiontasks.losses.adversarial import Objective
 from visiontasks.tasks import Generation
@@ -123,6 +124,36 @@ def test_steps_are_those_of_a_bare_loop(name: str) -> None:
     ):
         assert distance(found, wanted) < 1e-6
         assert distance(found, start) > 1e-3
+
+
+@pytest.mark.parametrize("name", GAMES)
+def test_one_pass_of_the_critic_takes_the_step_of_two(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends, passes = [], []
+    for at_once in (True, False):
+        monkeypatch.setattr(Generation, "_at_once", lambda _task, _images, at_once=at_once: at_once)
+        task = made(name)
+        task.backbone.stages[0].register_forward_hook(lambda _layer, given, _made: passes.append(len(given[0])))
+        fit(task, images(24))
+        ends.append(moved(task))
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
+    assert 16 in passes
+
+
+@pytest.mark.parametrize(
+    ("backbone", "options", "at_once"),
+    [
+        (DCGAN(), {}, [True, False]),  # 2.8 M weights, and its norms are given 14,336 values an image
+        (CifarResNet(depth=8), {}, [False, False]),
+        (CifarResNet(depth=8), {"batch_norms": False}, [True, True]),
+    ],
+)
+def test_a_critic_makes_one_pass_where_norms_copy_less_than_weights_are(
+    backbone: Backbone, options: dict[str, Any], at_once: list[bool]
+) -> None:
+    task = Generation(backbone=backbone, classes=(), head=game(**options), image_size=32)
+    assert not task._at_once(1)
+    task.on_train_start()
+    assert [task._at_once(images) for images in (16, 1024)] == at_once
 
 
 def moved(task: Generation) -> Tensor:

@@ -24,9 +24,9 @@ from visiontasks import heads
 from visiontasks.backbones import GatedPixelCNN
 from visiontasks.contracts import Batch, UsageError
 from visiontasks.heads.generation.generators import TransposedGenerator
-from visiontasks.heads.pretraining.draws import draws, image_keys
 from visiontasks.layers.batch_norm import ProcessBatchNorms
 from visiontasks.layers.distributed import rank, world_size
+from visiontasks.layers.draws import draws, image_keys
 from visiontasks.tasks import Generation, Likelihood
 from visiontasks.tasks.generative import EVALUATION, normal
 from visiontasks.tasks.optimisation import constant

@@ -33,8 +33,8 @@ class NonFinite(Callback):
     asking each other; only where a strategy shards them do they exchange one number a step. A step that is left out
     changes no weight, moment or average (`step_skipped` of the module says so to what follows the weights), and
     buffers, such as the statistics of batch norms, are put back to what they were before its first batch. Schedules and
-    the count of steps go on. A task that steps itself leaves steps out by itself, and says so by `step_skipped`. Under
-    float16's loss scaling the scaler itself leaves out the step, and lowers its scale.
+    the count of steps go on. A task that steps itself leaves steps out and puts buffers back by itself, and says so by
+    `step_skipped`. Under float16's loss scaling the scaler itself leaves out the step, and lowers its scale.
     Each is printed, and its files are listed in the run folder's non_finite.jsonl: those of the batches whose loss was
     not finite, or, where all were, of every batch of the step. With `stop_after` None it never ends a run.
     Raises UsageError, in every process, after `stop_after` of them in a row.
@@ -64,8 +64,10 @@ class NonFinite(Callback):
         self.skipped, self.in_a_row = state_dict["skipped"], state_dict["in_a_row"]
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:  # noqa: ARG002
-        kept = module.state_dict(keep_vars=True).values()
-        self._buffers = [value for value in kept if isinstance(value, Tensor) and not isinstance(value, nn.Parameter)]
+        kept = {} if module.steps_itself else module.state_dict(keep_vars=True)
+        self._buffers = [
+            value for value in kept.values() if isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
+        ]
         self._before = [value.detach().clone() for value in self._buffers]
         self._seen, self._bad = [], None
 

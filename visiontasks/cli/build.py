@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from visiontasks.callbacks.agreement import Agreement
 from visiontasks.callbacks.checkpoints import DurableCheckpoints
 from visiontasks.callbacks.unfreezing import Unfreezing
-from visiontasks.cli.memory import keep_freed_memory
+from visiontasks.cli.process import prepare_process
 from visiontasks.cli.ranks import trained_together
 from visiontasks.cli.trusted import check_stored, check_targets
 from visiontasks.contracts import Backbone, UsageError
@@ -150,7 +150,7 @@ def check_head(config: Config, head: Any) -> None:
 
 def build_trainer(config: Config, *, folder: Path, callbacks: Sequence[Callback] = ()) -> Trainer:
     """The trainer with its callbacks and loggers, writing to a run folder."""
-    keep_freed_memory()
+    prepare_process()
     task, asked = task_of(config), config["trainer"]["sync_batchnorm"]
     precision = resolved_precision(config["trainer"]["precision"], full=task.full_precision)
     together = task.sees_all if asked == "auto" else asked

@@ -1,6 +1,8 @@
 """Batch norm over the batches of all processes, on any device: torch's own SyncBatchNorm refuses the CPU."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -97,6 +99,33 @@ def settle(network: nn.Module, forward: Callable[[], object]) -> None:
     forward()
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.eval().momentum = momentum
+
+
+@contextmanager
+def in_parts(layers: Iterable[_BatchNorm], parts: int) -> Iterator[None]:
+    """Within it batch norms see equal parts of a batch (B, ...), one after the other, as if each were a batch."""
+    patched = list(layers)
+    for layer in patched:
+        layer.forward = partial(_each_part, type(layer).forward, layer, parts)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in patched:
+            del layer.forward
+
+
+def _each_part(forward: Callable[[_BatchNorm, Tensor], Tensor], layer: _BatchNorm, parts: int, x: Tensor) -> Tensor:
+    return torch.cat([forward(layer, part) for part in x.chunk(parts)])
+
+
+def values_normed(layers: Iterable[_BatchNorm], forward: Callable[[], object]) -> int:
+    """How many values batch norms are given in a forward."""
+    seen: list[int] = []
+    hooks = [layer.register_forward_pre_hook(lambda _, given: seen.append(given[0].numel())) for layer in layers]
+    forward()
+    for hook in hooks:
+        hook.remove()
+    return sum(seen)
 
 
 def _unseen(layer: _BatchNorm) -> bool:

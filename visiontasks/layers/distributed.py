@@ -113,7 +113,7 @@ def mean_over_processes(total: Tensor, count: Tensor) -> Tensor:
     A global count of zero gives zero, with zero gradient.
     """
     count = sum_over_processes(count)
-    return total * world_size() / torch.where(count > 0, count, 1)
+    return total * (world_size() / torch.where(count > 0, count, 1))
 
 
 @torch.no_grad()

@@ -89,4 +89,4 @@ def _image_gradients(scores: Scores, images: Tensor) -> Tensor:
 
 
 def _summed(losses: Tensor) -> Term:
-    return losses.sum(), losses.new_tensor(float(len(losses)))
+    return losses.sum(), losses.new_full((), len(losses))

@@ -5,7 +5,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from lightning import LightningModule
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
@@ -17,6 +16,7 @@ from torch.optim import AdamW, Optimizer
 
 from visiontasks.contracts import Backbone, Batch, UsageError
 from visiontasks.layers.distributed import collected, mean_over_processes, rank, sum_over_processes, world_size
+from visiontasks.layers.draws import key_of
 from visiontasks.layers.finite import poisoned
 from visiontasks.layers.sharding import shard
 from visiontasks.tasks.metrics import Metrics, weighted_sum
@@ -72,7 +72,8 @@ class Task(LightningModule):
         self.step_skipped = False  # the optimiser's last step was left out: its gradients were not finite
         self.config: dict[str, Any] = {}  # the composed config as plain containers, where there is one
         self.tables: dict[str, Tensor] = {}  # of the last evaluation, such as a confusion matrix, for the pictures
-        self._running: dict[str, Tensor] = {}
+        self._watched: list[tuple[str, Tensor, Tensor]] = []  # the training figures of this batch
+        self._running: dict[tuple[str, ...], Tensor] = {}  # sums and counts of the batches before it, (N, 2)
         self._unflushed = 0
         self._seed: int | None = None  # of what training draws; torch's own, as it is when a run starts
         mean, std = torch.tensor(backbone.mean), torch.tensor(backbone.std)
@@ -137,8 +138,7 @@ class Task(LightningModule):
         """Makes what the step draws, such as dropout, a function of (seed, epoch, batch, process) and nothing else."""
         if self._seed is None:
             self._seed = torch.initial_seed()
-        numbers = [self._seed, self.current_epoch, batch_idx, self.global_rank]
-        seed_generators(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1, self.device)
+        seed_generators(key_of(self._seed, self.current_epoch, batch_idx, self.global_rank), self.device)
 
     def resumable(self, batches: int) -> bool:
         """Whether after so many batches of an epoch nothing is under way that a checkpoint would not hold.
@@ -199,11 +199,28 @@ class Task(LightningModule):
 
     def watch(self, name: str, total: Tensor, count: Tensor) -> None:
         """Adds to the running mean of a training figure, which is logged every trainer.log_every_n_steps batches."""
-        pair = torch.stack((total.detach().float(), count.detach().float()))  # (2,)
-        known = self._running.get(name)
-        self._running[name] = pair if known is None else known.to(pair.device).add_(pair)
+        self._watched.append((name, total.detach(), count.detach()))
+
+    def _add_up(self) -> None:
+        """Adds a batch's figures to the running ones, all of them at once."""
+        if not self._watched:
+            return
+        names = tuple(name for name, _, _ in self._watched)
+        rows = torch.stack([value.float() for _, *pair in self._watched for value in pair]).view(-1, 2)  # (N, 2)
+        self._watched.clear()
+        known = self._running.get(names)
+        self._running[names] = rows if known is None else known.to(rows.device).add_(rows)
+
+    def _sums(self) -> dict[str, Tensor]:
+        """The running figures by name, (2,) each: sum and count."""
+        sums: dict[str, Tensor] = {}
+        for names, rows in self._running.items():
+            for name, row in zip(names, rows.to(self.device), strict=True):
+                sums[name] = sums[name] + row if name in sums else row
+        return sums
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
+        self._add_up()
         self._unflushed += 1
         if self._unflushed >= max(1, self.trainer.log_every_n_steps):  # type: ignore[attr-defined]
             self._flush()
@@ -213,11 +230,13 @@ class Task(LightningModule):
 
     def _flush(self) -> None:
         """Logs the running means with one all-reduce for all of them, and starts them anew."""
-        if not self._running:
+        self._add_up()
+        running = self._sums()
+        if not running:
             return
-        sums = sum_over_processes(torch.stack(list(self._running.values())))  # (N, 2)
+        sums = sum_over_processes(torch.stack(list(running.values())))  # (N, 2)
         means = (sums[:, 0] / sums[:, 1].clamp(min=1e-12)).tolist()
-        values = {f"train/{name}": mean for name, mean in zip(self._running, means, strict=True)}
+        values = {f"train/{name}": mean for name, mean in zip(running, means, strict=True)}
         values["train/lr"] = max(group["lr"] for optimizer in self._optimizers() for group in optimizer.param_groups)
         for logger in self.loggers:
             logger.log_metrics(values | {"epoch": self.current_epoch}, step=max(0, self.trainer.global_step - 1))
@@ -232,8 +251,9 @@ class Task(LightningModule):
         checkpoint["classes"] = list(self.classes)
         checkpoint["config"] = self.config
         checkpoint["visiontasks_version"] = version("visiontasks")
-        running = {name: pair.cpu() for name, pair in self._running.items()}
-        checkpoint["running"] = {"means": collected(running), "batches": self._unflushed, "seed": self._seed}
+        self._add_up()
+        running = {names: rows.cpu() for names, rows in self._running.items()}
+        checkpoint["running"] = {"sums": collected(running), "batches": self._unflushed, "seed": self._seed}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Goes on with the running means, this process with its own where there are as many processes as before."""
@@ -241,11 +261,11 @@ class Task(LightningModule):
         if stored is None:
             return
         self._seed, self._unflushed = stored["seed"], stored["batches"]
-        parts: list[dict[str, Tensor]] = stored["means"]
+        parts: list[dict[tuple[str, ...], Tensor]] = stored["sums"]
         if len(parts) == world_size():
             self._running = parts[rank()]
         else:
-            self._running = {name: torch.stack([part[name] for part in parts]).mean(dim=0) for name in parts[0]}
+            self._running = {names: torch.stack([part[names] for part in parts]).mean(dim=0) for names in parts[0]}
 
     def predictions(self, raw: Any) -> list[Prediction]:
         """One plain dictionary an image of what raw predictions say."""

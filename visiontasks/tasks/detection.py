@@ -14,6 +14,7 @@ from torchvision.ops import batched_nms
 
 from visiontasks.contracts import Backbone, Batch, Head, UsageError
 from visiontasks.heads import FCOS
+from visiontasks.layers.casting import cast_once
 from visiontasks.tasks.base import Prediction, Task
 from visiontasks.tasks.detection_metrics import DetectionMetrics, Found, Truth, crowds, mistakes, surer
 from visiontasks.tasks.inference import padded, window_sides, windows
@@ -96,7 +97,8 @@ class Detection(Task):
         self.category_ids = tuple(checkpoint["category_ids"])
 
     def forward(self, images: Tensor) -> Any:
-        return self.head(self.backbone(padded(images, self.stride)))
+        with cast_once(self.device.type):  # of the heads' weights, which every level uses
+            return self.head(self.backbone(padded(images, self.stride)))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002
         terms = self._terms(self(self.images(batch)), batch)

@@ -1,5 +1,6 @@
 """What makes pictures shares: noise, samples beside real images, classes that can be asked for."""
 
+import math
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from visiontasks.contracts import Backbone, Batch, UsageError
 from visiontasks.heads.generation.density import MakeDensity
 from visiontasks.heads.generation.gan import MakeGAN
-from visiontasks.heads.pretraining.draws import draws, image_keys
+from visiontasks.layers.draws import draws, image_keys
 from visiontasks.tasks.base import Prediction, Task
 from visiontasks.tasks.generation_metrics import SampleQuality
 
@@ -123,8 +124,8 @@ class Generative(Task):
 
 def normal(numbers: Tensor) -> Tensor:
     """Normal numbers for even ones, whole multiples of 2 ** -24 from 0 to below 1."""
-    found: Tensor = torch.special.ndtri(numbers.double() + 2.0**-25)
-    return found.float()
+    sides = torch.erfinv(2 * numbers.double() + (2.0**-24 - 1))  # of 0, between -1 and 1
+    return sides.mul_(math.sqrt(2)).float()
 
 
 def rgb(pictures: Tensor) -> Tensor:

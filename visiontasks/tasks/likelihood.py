@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from visiontasks.contracts import Backbone, Batch, UsageError
 from visiontasks.heads.generation.density import Density, MakeDensity
-from visiontasks.heads.pretraining.draws import draws, image_keys
 from visiontasks.layers.distributed import mean_over_processes
+from visiontasks.layers.draws import draws, image_keys
 from visiontasks.layers.modes import at_rest
 from visiontasks.losses.likelihood import bits_per_dim
 from visiontasks.tasks.base import Prediction

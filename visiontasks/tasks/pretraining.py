@@ -18,11 +18,12 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from visiontasks.contracts import Backbone, Batch
-from visiontasks.heads.pretraining.draws import image_keys
 from visiontasks.heads.pretraining.method import MakeMethod, Pyramid, pooled
 from visiontasks.heads.pretraining.simclr import SimCLR
 from visiontasks.heads.pretraining.teacher import Teacher, rising
+from visiontasks.layers.casting import cast_once
 from visiontasks.layers.distributed import alone, collected
+from visiontasks.layers.draws import image_keys
 from visiontasks.tasks.base import Prediction, Task
 from visiontasks.tasks.collapse import collapse_gauges
 from visiontasks.tasks.metrics import Figures, Metrics, Sums
@@ -111,7 +112,8 @@ class Pretraining(Task):
         keys = image_keys(batch["index"], seed=self.seed, epoch=epoch)
         pixels, targets = self.head.prepare(views, keys)
         inputs = [self.images({"image": image}) for image in pixels]
-        outputs = self._answers(self.backbone, self.head, inputs[self.head.student_views])
+        with cast_once(self.device.type):
+            outputs = self._answers(self.backbone, self.head, inputs[self.head.student_views])
         if self.teacher is None:
             return outputs, targets
         self.teacher.share_mode(self.backbone, self.head.projector)

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from visiontasks.contracts import Level, UsageError
 from visiontasks.heads.fpn import FPN
-from visiontasks.heads.pretraining.draws import draws
 from visiontasks.heads.pretraining.method import Pyramid
 from visiontasks.heads.pretraining.pretext import Pretext
 from visiontasks.layers.blocks import resized
 from visiontasks.layers.distributed import mean_over_processes
+from visiontasks.layers.draws import draws
 from visiontasks.losses.pretext import weighted_square
 
 

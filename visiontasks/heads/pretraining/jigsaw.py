@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from visiontasks.contracts import Level, UsageError
-from visiontasks.heads.pretraining.draws import draws
 from visiontasks.heads.pretraining.method import Pyramid, mlp, pooled
 from visiontasks.heads.pretraining.pretext import Recognition
+from visiontasks.layers.draws import draws
 
 SIDE = 3
 TILES = SIDE * SIDE

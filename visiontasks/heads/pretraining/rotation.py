@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from visiontasks.contracts import Level, UsageError
-from visiontasks.heads.pretraining.draws import draws
 from visiontasks.heads.pretraining.method import Pyramid, pooled
 from visiontasks.heads.pretraining.pretext import Recognition
+from visiontasks.layers.draws import draws
 
 TURNS = 4
 

@@ -3,10 +3,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from torch import nn
+
+from visiontasks.cli.process import search_no_driver
 
 STEP = """
 import ctypes, sys
-from visiontasks.cli.memory import keep_freed_memory
+from visiontasks.cli.process import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory()
 libc = ctypes.CDLL(None)
@@ -26,3 +30,22 @@ def test_what_a_step_frees_stays_for_the_next_one() -> None:
         for how in ("kept", "freed")
     )
     assert freed < 30 <= kept
+
+
+@pytest.mark.skipif(torch.cuda.device_count() > 0, reason="needs a machine without a GPU")
+def test_without_a_gpu_no_step_of_adam_searches_for_the_drivers_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # as Lightning does
+    searches = []
+
+    def counted() -> int:
+        searches.append("libnvidia-ml")
+        return 0
+
+    monkeypatch.setattr(torch.cuda, "device_count", counted)
+    optimizer = torch.optim.Adam(nn.Linear(2, 2).parameters())
+    optimizer.step()
+    assert searches
+    search_no_driver()
+    searches.clear()
+    optimizer.step()
+    assert not searches
