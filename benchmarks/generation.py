@@ -2,10 +2,9 @@
 
 `python train.py task=generation` as it comes, with every callback, without its validation, against a plain loop: the
 same networks, uint8 batches, objective, noise, precision, layout, optimisers, schedules and moving average. The loop
-has a process of its own and asks the allocator for what ours asks it for; with --script it has the allocator's
-defaults, as a script has. They take turns of some steps; what Trainer.fit does between steps counts as ours. Medians
-over rounds of the mean times of a step, and of their ratios. SNGAN takes five steps of the critic for one of the
-generator, and each counts as a step.
+has a process of its own, which asks the allocator for what ours asks it for. They take turns of some steps; what
+Trainer.fit does between steps counts as ours. Medians over rounds of the mean times of a step, and of their ratios.
+SNGAN takes five steps of the critic for one of the generator, and each counts as a step.
 """
 
 import argparse
@@ -107,12 +106,11 @@ class Bare:
         torch._foreach_lerp_(average, own, 0.001)
 
 
-def plain_steps(asked: Connection, config: dict[str, Any], steps: int, script: bool) -> None:
+def plain_steps(asked: Connection, config: dict[str, Any], steps: int) -> None:
     """Takes as many steps of the plain loop as it is asked for, again and again, and answers with their seconds."""
     quieten()
-    os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)  # which Lightning sets: each step of Adam takes longer
-    if not script:
-        keep_freed_memory()
+    os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)  # Lightning sets it, and Adam's steps take longer
+    keep_freed_memory()
     loop = Bare(made(config), steps, config["trainer"]["precision"])
     batches = Batches(config["data"]["image_size"], config["data"]["batch_size"], steps)
     taken = 0
@@ -145,7 +143,7 @@ class Turns(Clock):
         self.start = time.perf_counter()
 
 
-def rounds(words: tuple[str, ...], count: int, steps: int, *, script: bool) -> Iterator[tuple[float, float]]:
+def rounds(words: tuple[str, ...], count: int, steps: int) -> Iterator[tuple[float, float]]:
     """Seconds a step of the plain loop and of ours, which take turns."""
     spawned = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as name:
@@ -154,7 +152,7 @@ def rounds(words: tuple[str, ...], count: int, steps: int, *, script: bool) -> I
             config = composed((*WORDS, *words), folder)
             data = Ready(Batches(config["data"]["image_size"], config["data"]["batch_size"], WARM_UP + steps))
             here, there = spawned.Pipe()
-            spawned.Process(target=plain_steps, args=(there, config, WARM_UP + steps, script), daemon=True).start()
+            spawned.Process(target=plain_steps, args=(there, config, WARM_UP + steps), daemon=True).start()
             trainer, turns = build_trainer(config, folder=folder), Turns(here)
             trainer.callbacks.append(turns)  # type: ignore[attr-defined]
             trainer.fit(made(config), datamodule=data)
@@ -172,11 +170,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=100, help=f"a round, a multiple of {TURN}")
-    parser.add_argument("--script", action="store_true", help="the plain loop has the allocator's defaults")
     given = parser.parse_args()
     quieten()
     for name, words in CASES.items():
-        bares, mine = zip(*rounds(words, given.rounds, given.steps, script=given.script), strict=True)
+        bares, mine = zip(*rounds(words, given.rounds, given.steps), strict=True)
         ratio = statistics.median(m / b for m, b in zip(mine, bares, strict=True))
         print(f"{name}: bare {1e3 * statistics.median(bares):.1f} ms a step; ours x {ratio:.3f} (target {TARGET})")
 

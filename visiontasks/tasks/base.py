@@ -73,7 +73,7 @@ class Task(LightningModule):
         self.config: dict[str, Any] = {}  # the composed config as plain containers, where there is one
         self.tables: dict[str, Tensor] = {}  # of the last evaluation, such as a confusion matrix, for the pictures
         self._watched: list[tuple[str, Tensor, Tensor]] = []  # the training figures of this batch
-        self._running: dict[tuple[str, ...], Tensor] = {}  # sums and counts of the batches before it, (N, 2)
+        self._running: dict[str, Tensor] = {}  # their sums and counts before it, (N, 2), by their N names in one
         self._unflushed = 0
         self._seed: int | None = None  # of what training draws; torch's own, as it is when a run starts
         mean, std = torch.tensor(backbone.mean), torch.tensor(backbone.std)
@@ -205,7 +205,7 @@ class Task(LightningModule):
         """Adds a batch's figures to the running ones, all of them at once."""
         if not self._watched:
             return
-        names = tuple(name for name, _, _ in self._watched)
+        names = ",".join(name for name, _, _ in self._watched)
         rows = torch.stack([value.float() for _, *pair in self._watched for value in pair]).view(-1, 2)  # (N, 2)
         self._watched.clear()
         known = self._running.get(names)
@@ -215,7 +215,7 @@ class Task(LightningModule):
         """The running figures by name, (2,) each: sum and count."""
         sums: dict[str, Tensor] = {}
         for names, rows in self._running.items():
-            for name, row in zip(names, rows.to(self.device), strict=True):
+            for name, row in zip(names.split(","), rows.to(self.device), strict=True):
                 sums[name] = sums[name] + row if name in sums else row
         return sums
 
@@ -253,7 +253,7 @@ class Task(LightningModule):
         checkpoint["visiontasks_version"] = version("visiontasks")
         self._add_up()
         running = {names: rows.cpu() for names, rows in self._running.items()}
-        checkpoint["running"] = {"sums": collected(running), "batches": self._unflushed, "seed": self._seed}
+        checkpoint["running"] = {"means": collected(running), "batches": self._unflushed, "seed": self._seed}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Goes on with the running means, this process with its own where there are as many processes as before."""
@@ -261,11 +261,12 @@ class Task(LightningModule):
         if stored is None:
             return
         self._seed, self._unflushed = stored["seed"], stored["batches"]
-        parts: list[dict[tuple[str, ...], Tensor]] = stored["sums"]
+        parts: list[dict[str, Tensor]] = stored["means"]
         if len(parts) == world_size():
-            self._running = parts[rank()]
+            own = parts[rank()]
         else:
-            self._running = {names: torch.stack([part[names] for part in parts]).mean(dim=0) for names in parts[0]}
+            own = {names: torch.stack([part[names] for part in parts]).mean(dim=0) for names in parts[0]}
+        self._running = {names: rows.view(-1, 2) for names, rows in own.items()}
 
     def predictions(self, raw: Any) -> list[Prediction]:
         """One plain dictionary an image of what raw predictions say."""
