@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.cli.conftest import TINY
 from visiontasks.callbacks import pictures
-from visiontasks.cli.build import load_task
+from visiontasks.cli.build import load_task, resolved_accelerator
 from visiontasks.cli.command_line import CONF, quoted
 
 ROOT = Path(__file__).parents[2]
@@ -254,6 +254,12 @@ def test_the_readmes_library_example(tmp_path: Path, monkeypatch: pytest.MonkeyP
     names: dict[str, object] = {}
     exec(example.replace("image_size=64, batch_size=32", small), names)
     assert names["trainer"].global_step == 4  # type: ignore[attr-defined]
+
+
+def test_apples_gpu_which_has_no_float64_is_taken_only_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolved_accelerator("auto") == "auto"
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    assert [resolved_accelerator(asked) for asked in ("auto", "mps", "gpu")] == ["cpu", "mps", "gpu"]
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,8 @@ def build_trainer(config: Config, *, folder: Path, callbacks: Sequence[Callback]
     task, asked = task_of(config), config["trainer"]["sync_batchnorm"]
     precision = resolved_precision(config["trainer"]["precision"], full=task.full_precision)
     together = task.sees_all if asked == "auto" else asked
-    options = config["trainer"] | {"precision": precision, "sync_batchnorm": together}
+    accelerator = resolved_accelerator(config["trainer"]["accelerator"])
+    options = config["trainer"] | {"accelerator": accelerator, "precision": precision, "sync_batchnorm": together}
     options |= {key: value for key, value in _STEPPING.items() if task.steps_itself}
     timeout = options.pop("timeout")
     plugins = [DurableCheckpoints(), *([ProcessBatchNorms()] if together else [])]
@@ -192,6 +193,14 @@ def build_callbacks(config: Config) -> list[Callback]:
     made = [instantiate(entry, _convert_="all") for entry in config.values() if entry is not None]
     lists = [entry if isinstance(entry, list) else [entry] for entry in made if entry is not None]
     return [callback for entries in lists for callback in entries]
+
+
+def resolved_accelerator(accelerator: Any) -> Any:
+    """What to compute on: where it is "auto" and Lightning would take Apple's GPU, the CPU.
+
+    That GPU has no float64, in which noise, gauges and many figures are computed.
+    """
+    return "cpu" if accelerator == "auto" and torch.backends.mps.is_available() else accelerator
 
 
 def native_bfloat16() -> bool:

@@ -31,7 +31,7 @@ def generate(composed: "DictConfig") -> None:
     """Writes n pictures and grid.png; the same for the same seed. Each class has a folder and a row of its own."""
     from lightning import Fabric
 
-    from visiontasks.cli.build import load_task, plain
+    from visiontasks.cli.build import load_task, plain, resolved_accelerator
     from visiontasks.cli.evaluate import output_folder
     from visiontasks.cli.train import quieten
     from visiontasks.tasks.generative import Generative
@@ -42,7 +42,7 @@ def generate(composed: "DictConfig") -> None:
     if not isinstance(task, Generative):
         raise UsageError(f"{config['run']} is a run of {type(task).__name__}: give one of task=generation.")
     names = asked_classes(config["classes"], task)
-    task.to(Fabric(accelerator=config["accelerator"], devices=1).device)
+    task.to(Fabric(accelerator=resolved_accelerator(config["accelerator"]), devices=1).device)
     pictures = made(task, names, config)
     for index, picture in enumerate(pictures):
         place = folder / names[index % len(names)] if names else folder

@@ -36,7 +36,14 @@ def predict(composed: "DictConfig") -> None:
     from tqdm import tqdm
 
     from visiontasks.callbacks.pictures import Tile, draw_one, draw_sheet
-    from visiontasks.cli.build import build_data, load_task, plain, read_checkpoint, resolved_precision
+    from visiontasks.cli.build import (
+        build_data,
+        load_task,
+        plain,
+        read_checkpoint,
+        resolved_accelerator,
+        resolved_precision,
+    )
     from visiontasks.cli.evaluate import output_folder
     from visiontasks.cli.train import quieten
     from visiontasks.data.image_folder import ImageFiles, find_images
@@ -49,7 +56,8 @@ def predict(composed: "DictConfig") -> None:
     data = build_data(read_checkpoint(checkpoint)["config"])
     data.batch_size, data.num_workers = config["batch_size"], config["num_workers"]
     files = ImageFiles(find_images(config["input"]))
-    fabric = Fabric(accelerator=config["accelerator"], devices=1, precision=resolved_precision(config["precision"]))
+    accelerator, precision = resolved_accelerator(config["accelerator"]), resolved_precision(config["precision"])
+    fabric = Fabric(accelerator=accelerator, devices=1, precision=precision)
     task.to(fabric.device)
     folder.mkdir(parents=True, exist_ok=True)
     tiles: list[Tile] = []
