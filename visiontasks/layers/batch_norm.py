@@ -1,4 +1,4 @@
-"""Batch norm over the batches of all processes, on any device: torch's own SyncBatchNorm refuses the CPU."""
+"""Batch norm over the batches of all processes, on any device (torch's SyncBatchNorm refuses a CPU), or over parts."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
