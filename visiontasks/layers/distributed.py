@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
-from functools import lru_cache
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from visiontasks.errors import UsageError
 
 T = TypeVar("T")
 
+_ON_GLOO: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # by the world, such as one on NCCL
 _ALONE: ContextVar[bool] = ContextVar("alone", default=False)
 
 
@@ -85,10 +86,17 @@ def in_order(parts: list[tuple[Tensor, ...]], device: torch.device) -> list[Tens
     return [column[order].to(device) for column in whole]
 
 
-@lru_cache(maxsize=1)
 def _between_cpus(world: Any) -> Any:
-    """The group of all processes, on gloo; made once for each world, by all of its processes together."""
-    return world if dist.get_backend(world) == "gloo" else dist.new_group(backend="gloo")
+    """The group of all processes, on gloo; made once for each world, by all of its processes together.
+
+    Nothing here keeps a group for longer than the world: gloo's threads, where they outlive it, can abort the process
+    at its end.
+    """
+    if dist.get_backend(world) == "gloo":
+        return world
+    if world not in _ON_GLOO:
+        _ON_GLOO[world] = dist.new_group(backend="gloo")
+    return _ON_GLOO[world]
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
